@@ -1,0 +1,72 @@
+"""What a pass of a base model costs, computed from its modules and configuration without running it."""
+
+from torch import nn
+
+from deepen.backbones.hf import Backbone
+
+
+def pass_flops(backbone: Backbone, *, num_positions: int, context: int) -> int:
+    """FLOPs (2 per multiply-add) of one row's pass over `num_positions` tokens behind `context` committed ones.
+
+    Counted: products with weights (of a mixture of experts those a token visits), the head at every position, and
+    attention over the entries that each position may see. Not counted: norms, activations, and the arithmetic of a
+    recurrent layer's state.
+    """
+    per_position = sum(_weight_products(module, backbone) for module in backbone.model.modules())
+    visible = sum(context + position + 1 for position in range(num_positions))
+    per_entry = sum(_entry_products(backbone, layer) for layer in range(backbone.num_layers))
+    return 2 * (num_positions * per_position + visible * per_entry)
+
+
+def _weight_products(module: nn.Module, backbone: Backbone) -> int:
+    """Multiply-adds with this module's own weights at one position."""
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    own = dict(module.named_parameters(recurse=False))
+    stacked = [weight for weight in own.values() if weight.ndim == 3]
+    if stacked and "Experts" in type(module).__name__:
+        # transformers stacks a layer's experts: [experts, out, in].
+        return backbone.config.num_experts_per_tok * sum(weight[0].numel() for weight in stacked)
+    if "Router" in type(module).__name__ and "weight" in own:
+        return own["weight"].numel()
+    return 0
+
+
+def _entry_products(backbone: Backbone, layer: int) -> int:
+    """Multiply-adds per visible entry: a score and a weighted value in each head of an attention layer."""
+    if _is_recurrent(backbone, layer):
+        return 0
+    config = backbone.config
+    return config.num_attention_heads * sum(_head_widths(backbone))
+
+
+def _head_widths(backbone: Backbone) -> tuple[int, int]:
+    """Width of a head's keys and of its values."""
+    config = backbone.config
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent is not None:
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width, width
+
+
+def _is_recurrent(backbone: Backbone, layer: int) -> bool:
+    layer_types = getattr(backbone.config, "layer_types", None)
+    return layer_types is not None and layer_types[layer] == "linear_attention"
+
+
+def row_state_bytes(backbone: Backbone, *, context: int) -> int:
+    """Bytes of committed entries and states that one row of `context` tokens needs (stores are rounded up)."""
+    config = backbone.config
+    size = backbone.dtype.itemsize
+    total = 0
+    for layer in range(backbone.num_layers):
+        if _is_recurrent(backbone, layer):
+            width = config.linear_num_heads * config.linear_head_dim
+            # A convolution window of queries, keys and values in the model's dtype; the state itself in fp32.
+            total += size * 3 * width * config.linear_conv_kernel_dim + 4 * width * config.linear_head_dim
+        elif getattr(config, "kv_lora_rank", None) is not None:
+            total += size * context * (config.kv_lora_rank + config.qk_rope_head_dim)
+        else:
+            total += size * context * config.num_key_value_heads * sum(_head_widths(backbone))
+    return total

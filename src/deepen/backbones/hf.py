@@ -1,0 +1,254 @@
+"""A transformers causal LM as the rest of the project sees it: where it can be attached to, and how a pass runs.
+
+`Backbone.attach` finds the embedding, the layers, the final norm and the head, or says which is missing. Nothing in
+the model is changed: a pass borrows the model's own forward, swapping the attention for ours while it lasts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deepen.backbones.cache import PassWindow, PrefixCache
+from deepen.backbones.identity import BaseIdentity, fingerprint
+from deepen.core.errors import PromptError, UnsupportedBackbone
+from deepen.nn.attention import QUERY_BLOCK, Visibility, attend, round_up
+from deepen.nn.linear import Packing, pack_linears
+
+# Called with a layer's index and its output [B, W, D]; gives what the next layer reads instead.
+LayerEdit = Callable[[int, Tensor], Tensor]
+# Which positions of a pass get logits: all of them, or only the last real one of each row.
+Keep = Literal["all", "last"]
+
+_ATTENTION = "deepen_pass"
+_visibility: ContextVar[Visibility | None] = ContextVar("visibility", default=None)
+# transformers returns a mask that is 4-D already as it is, and asks nothing of the cache; ours travels apart.
+_NO_MASK = torch.zeros(1, 1, 1, 1)
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **features: object,
+) -> tuple[Tensor, None]:
+    visibility = _visibility.get()
+    if visibility is None:
+        raise UnsupportedBackbone("deepen's attention serves passes over a PrefixCache only: use Backbone.run")
+    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
+        if features.get(name) is not None:
+            raise UnsupportedBackbone(
+                f"{type(module).__name__} asks its attention for {name}={features[name]!r}, which chunk passes don't know"
+            )
+    return attend(query, key, value, visibility=visibility, scale=scaling), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention_forward)
+
+
+@dataclass(frozen=True)
+class AttachPoints:
+    """The modules that a method can read from or write to."""
+
+    embedding: nn.Module
+    layers: nn.ModuleList
+    final_norm: nn.Module
+    head: nn.Module
+
+
+class Backbone:
+    """A transformers causal LM with its attach points, and passes over a committed prefix."""
+
+    def __init__(self, model: PreTrainedModel, points: AttachPoints) -> None:
+        """Use `attach`."""
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.embedding, self.layers = points.embedding, points.layers
+        self.final_norm, self.head = points.final_norm, points.head
+        self._packing: Packing | None = None
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> "Backbone":
+        """Find the attach points of `model`; raises `UnsupportedBackbone` that names what is missing."""
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedBackbone(f"{type(model).__name__} is not a transformers model (PreTrainedModel)")
+        return cls(model, _find_points(model))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the full depth."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of a layer's output."""
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return self.config.vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens a row may hold; None where the model sets no bound."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer reads its input."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, and so of what flows between layers."""
+        return next(self.embedding.parameters()).dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Unique parameters: tied ones count once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def identify(self, address: str, tokenizer: str) -> BaseIdentity:
+        """What a saved sidecar remembers of its base."""
+        return BaseIdentity(address=address, fingerprint=fingerprint(self.model), tokenizer=tokenizer)
+
+    def pack(self) -> None:
+        """Pack the linears for decoding (see nn/linear.py); idempotent, undone by `unpack`."""
+        if self._packing is None:
+            self._packing = pack_linears(self.model)
+
+    def unpack(self) -> None:
+        """Give every linear its own forward back."""
+        if self._packing is not None:
+            self._packing.remove()
+            self._packing = None
+
+    def new_cache(self, *, batch_size: int, capacity: int) -> PrefixCache:
+        """An empty prefix for rows of up to `capacity` tokens."""
+        if self.context_length is not None and capacity > self.context_length:
+            raise PromptError(
+                f"{capacity} tokens (prompt and new ones) exceed this model's context of {self.context_length}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        return PrefixCache(self.config, batch_size=batch_size, capacity=capacity)
+
+    def run(
+        self,
+        tokens: Tensor,
+        cache: PrefixCache,
+        *,
+        widths: Sequence[int] | None = None,
+        keep: Keep = "all",
+        edit: LayerEdit | None = None,
+    ) -> Tensor:
+        """One pass: all layers over `tokens` behind the committed prefix, which stays as it is until `cache.commit`.
+
+        `tokens` are ids `[B, W]`, or embeddings `[B, W, D]`, of which row r's first `widths[r]` are real (default:
+        all). Gives logits `[B, W, V]`; with keep "last" `[B, 1, V]`, each row's last real position. `edit` replaces
+        layer outputs while the pass runs.
+        """
+        batch, width = tokens.shape[:2]
+        window = cache.begin(widths if widths is not None else [width] * batch)
+        # Elementwise kernels treat the last few elements of a tensor apart, with other rounding, so passes come in
+        # whole blocks of positions. A recurrent state would read the pads: there a pass has the width it has.
+        num_pads = 0 if cache.recurrent_layers else round_up(width, QUERY_BLOCK) - width
+        visibility = Visibility(
+            window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype
+        )
+        last = torch.tensor(window.widths, device=self.device).clamp(min=1) - 1
+        kept = last.unique() if keep == "last" else torch.arange(width, device=self.device)
+        with _our_attention(self.config, visibility), _layer_edits(self.layers, edit, width):
+            logits = self.model(
+                **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": _pad_positions(tokens, num_pads)},
+                attention_mask=_NO_MASK,
+                position_ids=self._positions(window, width, num_pads),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=kept,
+            ).logits
+        if not visibility.used:
+            raise UnsupportedBackbone(
+                f"no attention of {type(self.model).__name__} goes through transformers' attention interface, "
+                "so a pass can't tell it which entries are committed"
+            )
+        if keep == "all":
+            return logits
+        return logits[torch.arange(batch, device=self.device), torch.searchsorted(kept, last)][:, None]
+
+    def _positions(self, window: PassWindow, width: int, num_pads: int) -> Tensor:
+        # Pads repeat the last position: one further on might lie outside a table of positions.
+        steps = torch.arange(width + num_pads, device=self.device).clamp(max=width - 1)
+        return torch.tensor(window.offsets, device=self.device)[:, None] + steps
+
+
+def _pad_positions(tokens: Tensor, num_pads: int) -> Tensor:
+    return F.pad(tokens, (0, num_pads) if tokens.ndim == 2 else (0, 0, 0, num_pads))
+
+
+@contextmanager
+def _our_attention(config: object, visibility: Visibility) -> Iterator[None]:
+    before = config._attn_implementation_internal  # type: ignore[attr-defined]
+    token = _visibility.set(visibility)
+    config._attn_implementation_internal = _ATTENTION  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before  # type: ignore[attr-defined]
+        _visibility.reset(token)
+
+
+@contextmanager
+def _layer_edits(layers: nn.ModuleList, edit: LayerEdit | None, width: int) -> Iterator[None]:
+    if edit is None:
+        yield
+        return
+    handles = [layer.register_forward_hook(_edit_hook(index, edit, width)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _edit_hook(index: int, edit: LayerEdit, width: int) -> Callable[..., object]:
+    """`edit` sees the pass's own positions, never the pads behind them."""
+
+    def edited(h: Tensor) -> Tensor:
+        return torch.cat([edit(index, h[:, :width]), h[:, width:]], dim=1)
+
+    def hook(_layer: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> object:
+        return edited(output) if isinstance(output, Tensor) else (edited(output[0]), *output[1:])
+
+    return hook
+
+
+def _find_points(model: PreTrainedModel) -> AttachPoints:
+    decoder = model.get_decoder()
+    config = model.config.get_text_config(decoder=True)
+    depth = getattr(config, "num_hidden_layers", None)
+    stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    norms = [m for m in decoder.children() if "norm" in type(m).__name__.lower()]
+    found = {
+        "an input embedding (get_input_embeddings)": model.get_input_embeddings(),
+        f"a list of its {depth} layers in {type(decoder).__name__}": stacks[0] if len(stacks) == 1 else None,
+        f"one final norm in {type(decoder).__name__}": norms[0] if len(norms) == 1 else None,
+        "a language-model head (get_output_embeddings)": model.get_output_embeddings(),
+    }
+    missing = [name for name, module in found.items() if module is None]
+    if missing:
+        raise UnsupportedBackbone(f"{type(model).__name__} can't be attached to: missing {', and '.join(missing)}")
+    embedding, layers, final_norm, head = found.values()
+    return AttachPoints(embedding, layers, final_norm, head)

@@ -1,0 +1,1 @@
+"""What everything else stands on: the protocol, values, configuration, the registry, files and errors."""

@@ -1,0 +1,84 @@
+"""The protocol between a method and everything that is written once.
+
+A method is one folder in `deepen/methods` whose model meets `RecursiveModel`; data, training, generation, scoring,
+checkpoints and commands know it through these members and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+from torch import Tensor, nn
+
+from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit
+
+
+class Sampler(Protocol):
+    """Decides tokens from logits, the same way however many positions a pass covers."""
+
+    def choose(self, row: int, logits: Tensor, history: Sequence[int], drafted: Sequence[int]) -> list[int]:
+        """The token at each of W consecutive positions of `row`.
+
+        `logits` `[W, V]` belong to the positions after `history`, `history + drafted[:1]`, ...; entry i is chosen
+        as plain decoding would after `history + drafted[:i]`. `history` holds the row's ids without pads.
+        """
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Continues prompts. A decoding is opaque to its caller, who only hands it back."""
+
+    def open(self, prompt: Prompt) -> Any:
+        """Read the prompt's rows and give the state of one decoding."""
+
+    def advance(self, decoding: Any, sampler: Sampler) -> Advance:
+        """One unit of recursion: every row commits 0..W tokens (at least one row commits one)."""
+
+    def drop(self, decoding: Any, rows: Sequence[int]) -> None:
+        """Forget finished rows (indices in the present order); the others keep their order and their state."""
+
+
+@runtime_checkable
+class RecursiveModel(Decoder, Protocol):
+    """What a method's model is, beside being an `nn.Module` with a frozen `config`."""
+
+    config: Any
+
+    @classmethod
+    def build(cls, config: Any, backbone: Any, vocab_size: int) -> Self:
+        """The model over an attached backbone (None for a method that brings its own trunk)."""
+
+    def begin(self, batch: Batch) -> Any:
+        """The first carry of a training run; None where nothing is carried."""
+
+    def prepare(self, batch: Batch, progress: Progress) -> Batch:
+        """Draw masks, depths and the like before the forward; the batch itself where nothing is drawn."""
+
+    def count(self, batch: Batch) -> Mapping[Unit, int]:
+        """Units in a prepared batch, known before the forward, to divide the summed losses by."""
+
+    def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
+        """Loss sums with gradient, the next carry and metrics."""
+
+    def after_step(self, statistics: Mapping[str, Tensor]) -> None:
+        """Move buffers (thresholds, balancing biases) from statistics summed over the step."""
+
+    def score(self, batch: Batch) -> Score:
+        """Leak-free log-probabilities per token; raises `CannotScore` where there are none."""
+
+    def optim_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups (`params`, `lr`, ...) that cover each trainable parameter exactly once."""
+
+    def shard_units(self) -> list[nn.Module]:
+        """Modules to shard, compile and checkpoint one by one."""
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The tensors a checkpoint of this model holds (never a copy of the base)."""
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back `saved_state`, strictly: a missing, unknown or misshapen tensor is an error."""
+
+    def flops(self, *, num_positions: int, context: int) -> int:
+        """Multiply-add FLOPs (2 per multiply-add) of one pass over `num_positions` tokens after `context` tokens."""
+
+    def state_bytes(self, *, context: int) -> int:
+        """Bytes of cache and state that one row holds after `context` tokens."""

@@ -1,0 +1,33 @@
+"""Training, validation and test documents, told apart by their text alone."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from deepen.core.errors import AddressError
+from deepen.core.hints import did_you_mean
+from deepen.data.text import corpus
+
+Split = Literal["train", "validation", "test"]
+
+TEST_PERCENT = 2
+VALIDATION_PERCENT = 2
+
+
+def split_of(text: str) -> Split:
+    """The split of a document: 2 % test, 2 % validation, the rest training, by the sha256 of its UTF-8.
+
+    The same text is in the same split in every corpus, in any order, for ever.
+    """
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    percentile = int.from_bytes(digest[:8], "big") * 100 >> 64
+    if percentile < TEST_PERCENT:
+        return "test"
+    return "validation" if percentile < TEST_PERCENT + VALIDATION_PERCENT else "train"
+
+
+def documents(name_or_path: str, split: Split) -> Iterator[str]:
+    """The documents of one split of a corpus (see `deepen.data.text.corpus`), in the corpus's order."""
+    if split not in get_args(Split):
+        raise AddressError(f'unknown split "{split}"{did_you_mean(split, get_args(Split))}')
+    return (text for text in corpus(name_or_path) if split_of(text) == split)

@@ -1,0 +1,1 @@
+"""Leak-free scores, tasks, stages and their comparison."""

@@ -1,0 +1,1 @@
+"""Decoding: sampling, drafts, verification, stopping, and the loop that drives any method."""

@@ -1,0 +1,28 @@
+"""Plain decoding of a base model: one token a pass. The reference that every faster path must equal."""
+
+from collections.abc import Sequence
+
+from deepen.backbones.hf import Backbone
+from deepen.core.method import Sampler
+from deepen.core.types import Advance, Prompt
+from deepen.generate.drafts import NO_DRAFT
+from deepen.generate.verify import Decoding, open_decoding, verify
+
+
+class PlainDecoder:
+    """The base's own output, token by token."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def open(self, prompt: Prompt) -> Decoding:
+        """Read the prompt."""
+        return open_decoding(self._backbone, prompt)
+
+    def advance(self, decoding: Decoding, sampler: Sampler) -> Advance:
+        """One pass, one token a row."""
+        return verify(self._backbone, decoding, [NO_DRAFT] * len(decoding.rows), sampler)
+
+    def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
+        """Forget finished rows."""
+        decoding.drop(rows)

@@ -1,0 +1,136 @@
+"""One decoding and its one kind of step: a pass that checks a draft and commits what the base agrees with.
+
+A decoding holds the committed ids of each row; its cache holds all of them but the last, which the next pass reads
+first. That pass also reads a draft behind it, so its logits say what the base emits after the last committed token
+and after every drafted one. The longest prefix of the draft that equals what the base emits is committed, plus the
+base's next token. An empty draft makes this plain decoding: there is no other plain loop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepen.backbones.cache import PrefixCache
+from deepen.backbones.hf import Backbone
+from deepen.core.errors import PromptError
+from deepen.core.method import Sampler
+from deepen.core.types import Advance, Prompt, RowAdvance, Spent
+from deepen.generate.drafts import Draft
+
+# Positions of a prompt read in one pass: wide enough to be compute-bound, narrow enough to keep masks small.
+PREFILL_WIDTH = 256
+
+
+@dataclass
+class Decoding:
+    """Rows being continued; `rows` holds committed ids, `limits` the number of ids each row may grow to."""
+
+    cache: PrefixCache
+    rows: list[list[int]]
+    limits: list[int]
+    prefill: Spent = field(default_factory=Spent)
+
+    def room(self, row: int) -> int:
+        """Tokens that `row` may still gain."""
+        return self.limits[row] - len(self.rows[row])
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Forget these rows."""
+        kept = [row for row in range(len(self.rows)) if row not in set(rows)]
+        self.cache.keep_rows(kept)
+        self.rows = [self.rows[row] for row in kept]
+        self.limits = [self.limits[row] for row in kept]
+
+
+def open_decoding(backbone: Backbone, prompt: Prompt) -> Decoding:
+    """Read every row but its last token into a new cache with room for `prompt.max_new_tokens` more.
+
+    Raises `PromptError` for an empty row, an id outside the vocabulary, or more tokens than the context holds.
+    """
+    _check_prompt(backbone, prompt)
+    rows = [list(row) for row in prompt.rows]
+    capacity = max(map(len, rows)) + prompt.max_new_tokens
+    cache = backbone.new_cache(batch_size=len(rows), capacity=capacity)
+    decoding = Decoding(cache, rows, [len(row) + prompt.max_new_tokens for row in rows])
+    decoding.prefill = read(backbone, cache, [row[:-1] for row in rows])
+    return decoding
+
+
+def read(backbone: Backbone, cache: PrefixCache, rows: Sequence[Sequence[int]]) -> Spent:
+    """Commit `rows` to the cache as they are, in passes of at most PREFILL_WIDTH positions."""
+    passes = 0
+    for start in range(0, max(map(len, rows)), PREFILL_WIDTH):
+        slabs = [list(row[start : start + PREFILL_WIDTH]) for row in rows]
+        widths = [len(slab) for slab in slabs]
+        with torch.no_grad():
+            backbone.run(pad_rows(slabs, backbone.device), cache, widths=widths, keep="last")
+        cache.commit(widths)
+        passes += 1
+    return Spent(passes, sum(map(len, rows)))
+
+
+def verify(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft], sampler: Sampler) -> Advance:
+    """Check `drafts[row]` behind each row's last token; every row commits at least one token, the base's own."""
+    inputs = [[row[-1], *draft.tokens] for row, draft in zip(decoding.rows, drafts, strict=True)]
+    widths = [len(row) for row in inputs]
+    with torch.no_grad():
+        logits = backbone.run(pad_rows(inputs, backbone.device), decoding.cache, widths=widths)
+    return Advance(judge(decoding, drafts, logits, sampler), Spent(1, sum(widths)))
+
+
+def judge(
+    decoding: Decoding, drafts: Sequence[Draft], logits: Tensor, sampler: Sampler
+) -> tuple[RowAdvance, ...]:
+    """Commit, from a pass over each row's last token and its draft, what the base's logits `[B, W, V]` agree with.
+
+    Logits behind a row's draft are not looked at, so a pass may go on to other positions there.
+    """
+    advances = []
+    for row, draft in enumerate(drafts):
+        emitted = sampler.choose(row, logits[row, : 1 + len(draft.tokens)], decoding.rows[row], draft.tokens)
+        accepted = agreement(draft.tokens, emitted)
+        tokens = tuple(emitted[: accepted + 1])
+        advances.append(RowAdvance(tokens, drafted=len(draft.tokens), accepted=accepted, source=draft.source))
+    decoding.cache.commit([len(advance.tokens) for advance in advances])
+    for row, advance in zip(decoding.rows, advances, strict=True):
+        row.extend(advance.tokens)
+    return tuple(advances)
+
+
+def agreement(draft: Sequence[int], emitted: Sequence[int]) -> int:
+    """How many leading tokens of `draft` are what was emitted in their place."""
+    for count, (proposed, token) in enumerate(zip(draft, emitted, strict=False)):
+        if proposed != token:
+            return count
+    return len(draft)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """`[B, W]` ids, right-padded with id 0: positions behind a row's width are neither stored nor read."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+def _check_prompt(backbone: Backbone, prompt: Prompt) -> None:
+    if not prompt.rows:
+        raise PromptError("no prompt: give at least one row of token ids")
+    if prompt.max_new_tokens < 0:
+        raise PromptError(f"max_new_tokens is {prompt.max_new_tokens}; it must be 0 or more")
+    context = backbone.context_length
+    for index, row in enumerate(prompt.rows):
+        if not row:
+            raise PromptError(f"prompt {index} is empty; give at least one token (a beginning-of-sequence id will do)")
+        outside = [token for token in row if not 0 <= token < backbone.vocab_size]
+        if outside:
+            raise PromptError(
+                f"prompt {index} holds id {outside[0]}, outside this model's vocabulary of {backbone.vocab_size}; "
+                "encode it with the model's own tokenizer"
+            )
+        if context is not None and len(row) + prompt.max_new_tokens > context:
+            raise PromptError(
+                f"prompt {index} has {len(row)} tokens; with max_new_tokens {prompt.max_new_tokens} it exceeds this "
+                f"model's context of {context}: shorten the prompt by {len(row) + prompt.max_new_tokens - context} "
+                "tokens or lower max_new_tokens"
+            )

@@ -1,0 +1,273 @@
+"""A pretrained causal LM with a chunk sidecar: recursion grafted on, the base untouched.
+
+Everything trainable is the sidecar (cells, boundary head, [Z], slot embedding); it is saved, loaded and removed on its
+own. `forward` is the base's. Decoding goes chunk by chunk through the committed prefix.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from deepen.backbones.costs import pass_flops, row_state_bytes
+from deepen.backbones.hf import Backbone
+from deepen.core.errors import CannotScore, CheckpointError, ConfigError, DeepenError
+from deepen.core.method import Sampler
+from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit
+from deepen.generate.loop import complete
+from deepen.generate.sampling import SamplingConfig
+from deepen.generate.scoring import score_in_chunks
+from deepen.generate.stop import StopConfig
+from deepen.methods.chunk.config import CellPlan, RecursiveConfig, resolve_for_base
+from deepen.methods.chunk.decoding import ChunkDecoding, ExactDecoder
+from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell, sanitize
+
+# Learning rates and decay of phase A (sidecar only); the boundary head learns a little faster than the rest.
+SIDECAR_LEARNING_RATE = 3e-4
+BOUNDARY_LEARNING_RATE = 5e-4
+WEIGHT_DECAY = 0.05
+
+
+class ChunkRefineWrapper(nn.Module):
+    """`base_model` with a sidecar as `config` says; configuration fields may be given as keywords instead.
+
+    Components (`refine_cells`, `boundary`, `latent_token`, `mask_token`) are None when `recursive_enabled` is false:
+    then everything passes through to the base.
+    """
+
+    def __init__(self, base_model: nn.Module, config: RecursiveConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        # Whoever names fields without a configuration wants the recursion, whose switch is off in an empty file.
+        start = config if config is not None else RecursiveConfig(recursive_enabled=True)
+        self.config = replace(start, **fields) if fields else start
+        self.config.check()
+        self.base = base_model
+        self.backbone = Backbone.attach(base_model)
+        self.plan: CellPlan | None = None
+        self.refine_cells: nn.ModuleList | None = None
+        self.boundary: BoundaryHead | None = None
+        self.latent_token: LatentToken | None = None
+        self.mask_token: MaskToken | None = None
+        if self.config.recursive_enabled:
+            self._add_sidecar()
+
+    def _add_sidecar(self) -> None:
+        config, backbone = self.config, self.backbone
+        hidden_size = backbone.hidden_size
+        self.plan = resolve_for_base(
+            config,
+            num_layers=backbone.num_layers,
+            hidden_size=hidden_size,
+            num_parameters=backbone.num_parameters,
+        )
+        self.refine_cells = nn.ModuleList(
+            RefineCell(hidden_size, config.d_state, self.plan.hidden) for _ in range(self.plan.num_cells)
+        )
+        self.boundary = BoundaryHead(
+            hidden_size, config.gate_hidden, config.max_chunk_len, commit_bias_init=config.commit_bias_init
+        )
+        self.latent_token = LatentToken(backbone.vocab_size, hidden_size) if config.use_latent_token else None
+        self.mask_token = MaskToken(hidden_size)
+        embedding = backbone.embedding.weight
+        if not embedding.is_meta:
+            self.mask_token.initialise_from(embedding)
+        for module in self._sidecar().values():
+            module.to(backbone.device)
+        self._place_cells()
+
+    def _place_cells(self) -> None:
+        # A model spread over devices runs each cell where its layer is; a shared cell stays with the first one.
+        assert self.plan is not None and self.refine_cells is not None
+        for position, layer in enumerate(self.plan.layers[: len(self.refine_cells)]):
+            self.refine_cells[position].to(next(self.backbone.layers[layer].parameters()).device)
+
+    def _sidecar(self) -> dict[str, nn.Module]:
+        parts = {
+            "refine_cells": self.refine_cells,
+            "boundary": self.boundary,
+            "latent_token": self.latent_token,
+            "mask_token": self.mask_token,
+        }
+        return {name: module for name, module in parts.items() if module is not None}
+
+    @classmethod
+    def build(cls, config: RecursiveConfig, backbone: Backbone, vocab_size: int) -> Self:
+        """Graft onto an attached backbone, whose vocabulary it keeps."""
+        if vocab_size != backbone.vocab_size:
+            raise ConfigError(f"vocab_size is {vocab_size}, but the base model's is {backbone.vocab_size}")
+        return cls(backbone.model, config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward: the sidecar acts in decoding, on chunk positions, never here."""
+        return self.base(*args, **kwargs)
+
+    def refine_slots(self, layer: int, h: Tensor, slots: Tensor) -> Tensor:
+        """Layer `layer`'s output `[B, W, D]` with its cell acting on `slots` `[B, W]`; the rest bit-equal.
+
+        Non-finite slots become zero, so that a masked softmax further up can't spread them.
+        """
+        if self.plan is None or self.refine_cells is None or layer not in self.plan.layers:
+            return h
+        cell = self.refine_cells[0 if self.plan.shared else self.plan.layers.index(layer)]
+        return sanitize(cell.refine(h, mask=slots, pooling=self.config.pooling), slots)
+
+    def open(self, prompt: Prompt) -> ChunkDecoding:
+        """Read the prompt."""
+        return self._decoder(self.config).open(prompt)
+
+    def advance(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
+        """One pass over the next chunk; commits 1 to W tokens of each row."""
+        return self._decoder(self.config).advance(decoding, sampler)
+
+    def drop(self, decoding: ChunkDecoding, rows: Sequence[int]) -> None:
+        """Forget finished rows."""
+        decoding.drop(rows)
+
+    def _decoder(self, config: RecursiveConfig) -> ExactDecoder:
+        config.check()
+        if config.recursive_enabled and config.commit_mode != "exact":
+            raise ConfigError(
+                f"commit_mode is {config.commit_mode!r}: refined decoding is not part of this version; use 'exact'"
+            )
+        return ExactDecoder(
+            self.backbone,
+            draft=config.resolved_draft if config.recursive_enabled else "ar",
+            chunk_width=config.chunk_width,
+            refine_slots=self.refine_slots,
+            embed_slots=self._embed_slots,
+        )
+
+    def _embed_slots(self, embeddings: Tensor, slots: Tensor) -> Tensor:
+        assert self.mask_token is not None, "slots are drafted by an enabled sidecar only"
+        return self.mask_token(embeddings, slots)
+
+    @torch.no_grad()
+    def generate_chunks(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 512,
+        chunk_width: int | None = None,
+        max_inner_steps: int | None = None,
+        commit_threshold: float | None = None,
+        min_commit_threshold: float | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        **generation_kwargs: Any,
+    ) -> Tensor:
+        """`input_ids` `[B, S]` and what follows them, `[B, S + new]`; a row that ends early is padded with its end.
+
+        Fields left None are those of the configuration. `generation_kwargs`: `top_k`, `min_p`, `repetition_penalty`,
+        `seed` (row r uses seed + r), `eos_token_id`.
+        """
+        overrides = {
+            "chunk_width": chunk_width,
+            "max_inner_steps": max_inner_steps,
+            "commit_threshold": commit_threshold,
+            "min_commit_threshold": min_commit_threshold,
+        }
+        eos = generation_kwargs.pop("eos_token_id", self.base.generation_config.eos_token_id)
+        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        seed = generation_kwargs.pop("seed", 0)
+        sampling = SamplingConfig.from_dict({"temperature": temperature, "top_p": top_p, **generation_kwargs})
+        rows = [tuple(row) for row in input_ids.tolist()]
+        results = complete(
+            self._decoder(replace(self.config, **{name: v for name, v in overrides.items() if v is not None})),
+            rows,
+            sampling=[replace(sampling, seed=seed + index) for index in range(len(rows))],
+            stop=StopConfig(max_new_tokens=max_new_tokens, eos_ids=eos_ids),
+        )
+        longest = max((len(result.tokens) for result in results), default=0)
+        fill = eos_ids[0] if eos_ids else 0
+        new = [[*result.tokens, *[fill] * (longest - len(result.tokens))] for result in results]
+        return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+    def begin(self, batch: Batch) -> None:
+        """Nothing is carried from batch to batch."""
+
+    def prepare(self, batch: Batch, progress: Progress) -> Batch:
+        """Nothing is drawn."""
+        return batch
+
+    def count(self, batch: Batch) -> dict[Unit, int]:
+        """Predicted tokens."""
+        return {"token": int((batch.lengths - 1).clamp(min=0).sum())}
+
+    def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
+        """Raises: training the sidecar is not part of this version."""
+        raise DeepenError("a chunk sidecar can't be trained in this version; its untrained form drafts by 'lookup'")
+
+    def after_step(self, statistics: Mapping[str, Tensor]) -> None:
+        """No buffers move."""
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Score:
+        """Log-probabilities as exact decoding sees them: verify passes over W tokens behind a committed prefix."""
+        if self.config.recursive_enabled and self.config.commit_mode != "exact":
+            raise CannotScore(f"commit_mode {self.config.commit_mode!r} can't be scored in this version; use 'exact'")
+        return score_in_chunks(self.backbone, batch, width=self.config.chunk_width)
+
+    def optim_groups(self) -> list[dict[str, Any]]:
+        """The boundary head, and the rest of the sidecar; the base is in neither."""
+        sidecar = self._sidecar()
+        boundary = sidecar.pop("boundary", None)
+        rest = [parameter for module in sidecar.values() for parameter in module.parameters()]
+        groups: list[dict[str, Any]] = [
+            {"params": rest, "lr": SIDECAR_LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+        ]
+        if boundary is not None:
+            groups.append(
+                {"params": list(boundary.parameters()), "lr": BOUNDARY_LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
+            )
+        return groups
+
+    def shard_units(self) -> list[nn.Module]:
+        """The base's layers and the cells."""
+        return [*self.backbone.layers, *(self.refine_cells or [])]
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The sidecar's tensors; the base's are never among them."""
+        return {
+            f"{part}.{name}": tensor
+            for part, module in self._sidecar().items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back a sidecar; a missing, unknown or misshapen tensor is a `CheckpointError` that names it."""
+        own = self.saved_state()
+        problems = [f"missing {name}" for name in own if name not in state]
+        problems += [f"unknown {name}" for name in state if name not in own]
+        problems += [
+            f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"the sidecar's tensors don't fit its configuration on this base: {'; '.join(problems[:5])}"
+                + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def flops(self, *, num_positions: int, context: int) -> int:
+        """Of a verify pass, which is the base's; a draft pass adds `sidecar_flops` for its slots."""
+        return pass_flops(self.backbone, num_positions=num_positions, context=context)
+
+    def sidecar_flops(self, *, num_slots: int) -> int:
+        """Of the cells in a draft pass over `num_slots` slots."""
+        if self.plan is None or self.refine_cells is None:
+            return 0
+        return num_slots * len(self.plan.layers) * self.refine_cells[0].flops_per_token
+
+    def state_bytes(self, *, context: int) -> int:
+        """The base's cache: the sidecar keeps nothing between passes in exact mode."""
+        return row_state_bytes(self.backbone, context=context)
+
+    @property
+    def num_sidecar_parameters(self) -> int:
+        """Trainable parameters of the sidecar; a shared cell counts once."""
+        return sum(parameter.numel() for module in self._sidecar().values() for parameter in module.parameters())

@@ -1,0 +1,85 @@
+"""Linear layers packed once for oneDNN: fast for the few rows of a decoding pass, and the same bits at any row count.
+
+`F.linear` on a CPU is slow for 2 to 16 rows and rounds a row differently depending on how many rows stand beside it.
+A weight reordered once into oneDNN's blocked layout costs little more for 8 rows than for one, and its blocked kernel
+treats each row alone. Only its single-row kernel sums in another order, so fewer than `MIN_ROWS` rows are padded:
+then a token's result depends on neither the width of its pass nor on its batch-mates ("batch-invariant" kernels).
+
+The operators are private to torch and serve inference alone: while gradients are recorded, and on other devices and
+dtypes, a packed layer computes `F.linear` as before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIN_ROWS = 4
+# The row count the layout is chosen for; the packed weight serves any other count too. Eight is a usual chunk.
+_PACKED_FOR_ROWS = 8
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN's packed product exists for this weight: fp32 on a CPU, in a torch built with oneDNN."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return all(_operator(name) is not None for name in ("_reorder_linear_weight", "_linear_pointwise"))
+
+
+def _operator(name: str) -> Callable[..., Tensor] | None:
+    return getattr(torch.ops.mkldnn, name, None)
+
+
+class PackedForward:
+    """Stands in for the `forward` of one `nn.Linear`, whose parameters stay where and what they are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+        self._version = _version(linear.weight)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_FOR_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear = self._linear
+        if torch.is_grad_enabled() or x.dtype != torch.float32:
+            return F.linear(x, linear.weight, linear.bias)
+        if _version(linear.weight) != self._version:
+            self.__init__(linear)  # type: ignore[misc]  # the weight moved (an optimizer step): pack it anew
+        num_rows = x.numel() // x.shape[-1]
+        if num_rows >= MIN_ROWS:
+            return self._product(x)
+        rows = F.pad(x.reshape(num_rows, x.shape[-1]), (0, 0, 0, MIN_ROWS - num_rows))
+        return self._product(rows)[:num_rows].view(*x.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._linear.bias, "none", [], "")
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    # Tensors born in inference mode keep no version counter, and nothing can write to them afterwards.
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The layers of one module that compute packed; `remove` gives them their own forward back."""
+
+    linears: tuple[nn.Linear, ...]
+
+    def remove(self) -> None:
+        """Undo the packing; parameters were never touched."""
+        for linear in self.linears:
+            del linear.forward
+
+
+def pack_linears(module: nn.Module) -> Packing:
+    """Pack every plain `nn.Linear` below `module` that can be packed, and leave the others as they are.
+
+    The packed copies cost as much memory again as the weights. State dicts, names and parameters do not change.
+    """
+    linears = tuple(m for m in module.modules() if type(m) is nn.Linear and can_pack(m.weight))
+    for linear in linears:
+        # On the instance, so that neither the class nor the module tree changes.
+        linear.forward = PackedForward(linear)  # type: ignore[method-assign]
+    return Packing(linears)

@@ -1,0 +1,1 @@
+"""The training loop: one for every method and phase, resumable."""

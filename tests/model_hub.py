@@ -1,0 +1,95 @@
+"""A model hub on this machine, as far as downloads need one, so that tests run the real client without a network."""
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+_COMMIT = "0" * 39 + "1"
+
+
+@dataclass
+class Hub:
+    """Where it listens; what it was asked for; and repositories by name, each a folder or an HTTP status to fail with.
+
+    `broken` are names of files that it lists but does not give.
+    """
+
+    url: str
+    repositories: Mapping[str, Path | int]
+    broken: set[str] = field(default_factory=set)
+    requests: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def serve_hub(repositories: Mapping[str, Path | int]) -> Iterator[Hub]:
+    """A hub that serves `repositories` as long as the block lasts."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    hub = server.hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.hub.requests.append(path)
+        status, headers, body = self._reply(path.strip("/").split("/"))
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def _reply(self, parts: list[str]) -> tuple[int, dict[str, str], bytes]:
+        api = parts[:2] == ["api", "models"]
+        owner, name, verb, _, *rest = parts[2:] if api else parts
+        repository = self.server.hub.repositories.get(f"{owner}/{name}", 404)
+        if isinstance(repository, int):
+            code = {404: "RepoNotFound", 403: "GatedRepo"}.get(repository)
+            return repository, {"X-Error-Code": code} if code else {}, b""
+        if api:
+            content = _listing(repository) if verb == "tree" else {"id": f"{owner}/{name}", "sha": _COMMIT}
+            return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
+        file = repository.joinpath(*rest)
+        if file.name in self.server.hub.broken:
+            return 410, {}, b""  # not a status that the client tries again
+        etag = hashlib.sha1(file.read_bytes()).hexdigest()
+        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": _COMMIT}, file.read_bytes()
+
+
+def _listing(repository: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "file",
+            "path": str(file.relative_to(repository)),
+            "size": file.stat().st_size,
+            "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
+        }
+        for file in sorted(repository.rglob("*"))
+        if file.is_file()
+    ]
