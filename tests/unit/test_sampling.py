@@ -136,15 +136,66 @@ def test_rows_keep_their_tokens_in_any_order_and_after_drops(data, row_configs, 
     assert [sampler.choose(place, logits, [1, 2], drafted) for place in range(len(left))] == [alone[r] for r in left]
 
 
+def survivors_of(config, logits, *, num_candidates=(256, 4096), tie_allowance=32):
+    """The ids among which each position of `logits` is drawn."""
+    found = {}
+
+    def note(survivors, seed, positions):
+        for scores, ids, position in zip(survivors.scores, survivors.ids, positions.tolist(), strict=True):
+            found[position] = ids[scores > -math.inf].tolist()
+        return draw_among(survivors, seed, positions)
+
+    draw_among = sampling._draw_among
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_draw_among", note)
+        patch.setattr(sampling, "_NUM_CANDIDATES", num_candidates)
+        patch.setattr(sampling, "_TIE_ALLOWANCE", tie_allowance)
+        BatchSampler([config]).choose(0, logits, [], [0] * (len(logits) - 1))
+    return [found[position] for position in range(len(logits))]
+
+
+def survivors_by_definition(config, logits):
+    kept = [filtered_scores(scores, config) for scores in processed_scores(logits, [], [0] * (len(logits) - 1), config)]
+    return [(scores > -math.inf).nonzero().flatten().tolist() for scores in kept]
+
+
 @pytest.mark.parametrize("num_candidates", [(8, 64), (300, 400)])
 @given(logits=logit_rows(max_width=4, max_vocab=500), config=sampled_configs)
-def test_the_best_few_candidates_never_decide_otherwise(num_candidates, logits, config):
+def test_the_best_few_candidates_tell_the_survivors(num_candidates, logits, config):
     """With so few candidates every outcome occurs: sure at once, sure among more, never sure."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_NUM_CANDIDATES", num_candidates)
-        patch.setattr(sampling, "_TIE_ALLOWANCE", 2)
-        chosen = BatchSampler([config]).choose(0, logits, [3], [0] * len(logits))
-    assert chosen == choose_in_order(config, logits, [3], [0] * len(logits))
+    found = survivors_of(config, logits, num_candidates=num_candidates, tie_allowance=2)
+    assert found == survivors_by_definition(config, logits)
+
+
+@given(num_equal=st.integers(1, 20), num_kept=st.integers(1, 20), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_rounding_decides_at_a_cut_as_it_does_in_transformers(num_equal, num_kept, dtype):
+    """Cumulative probabilities that are, but for rounding, the threshold."""
+    logits = torch.full((1, 600), -1e4, dtype=dtype)
+    logits[0, 10 : 10 + num_equal] = 1.0
+    config = SamplingConfig(temperature=1.0, top_p=min(1.0, num_kept / num_equal))
+    expected = theirs(config, logits[0], []) > -math.inf
+    (found,) = survivors_of(config, logits)
+    assert len(found) == int(expected.sum())
+    assert found == survivors_by_definition(config, logits)[0]
+
+
+@given(share=st.floats(1e-6, 1.0), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_rounding_decides_at_min_p_as_it_does_in_transformers(share, dtype):
+    logits = torch.full((1, 600), -1e4, dtype=dtype)
+    logits[0, 10:12] = torch.tensor([0.0, math.log(share)])
+    config = SamplingConfig(temperature=1.0, min_p=share)
+    expected = theirs(config, logits[0], []) > -math.inf
+    assert survivors_of(config, logits) == [expected.nonzero().flatten().tolist()]
+
+
+def test_ties_of_the_kth_that_go_on_beyond_the_candidates_count_for_top_p():
+    logits = torch.full((1, 600), -9.0)
+    logits[0, 300:400] = 0.0
+    logits[0, 5] = 2.0
+    config = SamplingConfig(temperature=1.0, top_k=3, top_p=0.5)
+    found = survivors_of(config, logits, tie_allowance=2)
+    assert found == survivors_by_definition(config, logits)
+    assert len(found[0]) > 40
 
 
 def test_few_survivors_are_found_without_looking_at_the_whole_vocabulary(monkeypatch):
@@ -152,7 +203,13 @@ def test_few_survivors_are_found_without_looking_at_the_whole_vocabulary(monkeyp
         raise AssertionError("the whole vocabulary was filtered")
 
     logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)) * 6
-    settings = [{"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 100, "top_p": 0.9, "min_p": 0.01}]
+    settings = [
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"top_p": 0.0},
+        {"min_p": 0.05},
+        {"top_k": 100, "top_p": 0.9, "min_p": 0.01},
+    ]
     rows = [SamplingConfig(temperature=0.7, seed=3, **setting) for setting in settings]
     expected = [choose_in_order(config, logits, [], [0] * 3) for config in rows]
     monkeypatch.setattr(sampling, "filtered_scores", refuse)
@@ -322,6 +379,7 @@ def test_no_change_of_scores_below_the_margin_changes_the_choice(logits, config,
         # Tokens by probability: the second would be drawn if it survived.
         ({"top_p": 0.6}, [0.6 + 1e-6, 0.4 - 1e-6], 1e-6),
         ({"min_p": 0.5}, [1 / 1.5, 0.5 / 1.5 * (1 - 1e-6)], 1e-6),
+        ({"min_p": 1.0}, [0.75, 0.25], math.log(3)),
         ({"top_k": 1}, [0.5 + 1e-6, 0.5 - 1e-6], 4e-6),
         ({"top_p": 0.1}, [0.5 + 1e-6, 0.5 - 1e-6], 4e-6),
     ],
@@ -374,7 +432,7 @@ def test_logits_that_are_not_finite_are_refused(value, temperature):
     logits = torch.zeros(3, 50)
     logits[1, 7] = value
     sampler = BatchSampler([SamplingConfig(temperature=temperature)])
-    with pytest.raises(DeepenError, match="overflows in torch.float32"):
+    with pytest.raises(DeepenError, match=r"NaN or infinite \(in torch\.float32\)"):
         sampler.choose(0, logits, [], [0, 0])
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ class TestSplit:
         (tmp_path / "a.jsonl").write_text(jsonl(*({"text": document} for document in texts)))
         parts = [list(documents(str(tmp_path), split)) for split in ("train", "validation", "test")]
         assert all(parts)
-        assert sorted(sum(parts, [])) == sorted(texts)
+        assert sorted(chain.from_iterable(parts)) == sorted(texts)
         assert parts[0] == [document for document in texts if split_of(document) == "train"]
 
     def test_another_order_changes_nothing(self, tmp_path: Path):

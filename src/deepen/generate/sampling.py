@@ -171,7 +171,8 @@ def filtered_scores(scores: Float[Tensor, "V"], config: SamplingConfig) -> Float
 def _require_maximum(logits: Tensor) -> None:
     if not logits.amax(dim=-1).isfinite().all():
         raise DeepenError(
-            f"the model's logits are NaN or infinite: it overflows in {logits.dtype}; load it with dtype float32"
+            f"the model's logits are NaN or infinite (in {logits.dtype}): its weights are damaged, or it overflows in a "
+            "precision lower than it was made for; load it with dtype float32"
         )
 
 

@@ -104,14 +104,21 @@ class ChunkRefineWrapper(nn.Module):
         return self.base(*args, **kwargs)
 
     def refine_slots(self, layer: int, h: Tensor, slots: Tensor) -> Tensor:
-        """Layer `layer`'s output `[B, W, D]` with its cell acting on `slots` `[B, W]`; the rest bit-equal.
+        """Layer `layer`'s output `[B, W, D]` with its cell, if it has one, acting on `slots` `[B, W]`.
 
-        Non-finite slots become zero, so that a masked softmax further up can't spread them.
+        Everything but the slots comes back bit-equal. A slot that isn't finite becomes zero, at every layer: weighed
+        with zero by a masked softmax further up, infinity would still spread as NaN.
         """
+        cell = self._cell_of(layer)
+        if cell is not None:
+            device = cell.out.weight.device
+            h = cell.refine(h.to(device), mask=slots.to(device), pooling=self.config.pooling).to(h.device)
+        return sanitize(h, slots.to(h.device))
+
+    def _cell_of(self, layer: int) -> RefineCell | None:
         if self.plan is None or self.refine_cells is None or layer not in self.plan.layers:
-            return h
-        cell = self.refine_cells[0 if self.plan.shared else self.plan.layers.index(layer)]
-        return sanitize(cell.refine(h, mask=slots, pooling=self.config.pooling), slots)
+            return None
+        return self.refine_cells[0 if self.plan.shared else self.plan.layers.index(layer)]  # type: ignore[return-value]
 
     def open(self, prompt: Prompt) -> ChunkDecoding:
         """Read the prompt."""
@@ -267,7 +274,34 @@ class ChunkRefineWrapper(nn.Module):
         """The base's cache: the sidecar keeps nothing between passes in exact mode."""
         return row_state_bytes(self.backbone, context=context)
 
+    def describe(self) -> dict[str, str | int | float]:
+        """What was grafted and what it costs, by label, for people to read; FLOPs count 2 per multiply-add."""
+        if self.plan is None or self.refine_cells is None:
+            return {"layers refined": "none: recursive_enabled is false"}
+        base_flops = self.flops(num_positions=1, context=0)
+        cell_flops = self.sidecar_flops(num_slots=1)
+        return {
+            "layers refined": f"{len(self.plan.layers)} of {self.backbone.num_layers} ({_spans(self.plan.layers)})",
+            "cells": "one, shared by these layers" if self.plan.shared else f"{self.plan.num_cells}, one a layer",
+            "cell width": self.plan.hidden,
+            **{
+                f"parameters of {part}": sum(parameter.numel() for parameter in module.parameters())
+                for part, module in self._sidecar().items()
+            },
+            "extra FLOPs per drafted token": cell_flops,
+            "extra FLOPs, share of the base's": round(cell_flops / base_flops, 6),
+        }
+
     @property
     def num_sidecar_parameters(self) -> int:
         """Trainable parameters of the sidecar; a shared cell counts once."""
         return sum(parameter.numel() for module in self._sidecar().values() for parameter in module.parameters())
+
+
+def _spans(layers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: "0, 3-5"."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(
+        str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)
+    )

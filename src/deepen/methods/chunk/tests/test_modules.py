@@ -87,7 +87,7 @@ def oracle_refine(cell: RefineCell, h: Tensor, s: Tensor, mask: Tensor, pooling:
 
 
 def oracle_next_state(cell: RefineCell, refined: Tensor, s: Tensor, mask: Tensor) -> Tensor:
-    """GRU equations (Cho et al. 2014, as torch numbers them: reset, update, new)."""
+    """GRU equations as in torch.nn.GRUCell, gates in the order reset, update, new."""
     moved = s.clone()
     gru = cell.state_upd
     for row in range(refined.shape[0]):

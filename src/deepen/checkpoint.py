@@ -1,0 +1,268 @@
+"""Adapters: a folder that holds what a method added to a base model, and says which base that is.
+
+| file | holds |
+|---|---|
+| `deepen.json` | the folder's format, the method, the base's address and fingerprint, its tokenizer's digest |
+| the method's `config_file` | its configuration, every field |
+| the method's `weights_file` | the tensors of its `saved_state`, as safetensors; never a copy of the base |
+
+`open_model` takes such a folder as it takes the address of a plain model, or says what about it doesn't fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deepen import __version__
+from deepen.backbones.hf import Backbone
+from deepen.backbones.identity import BaseIdentity
+from deepen.backbones.resolve import Loaded, load
+from deepen.core import registry
+from deepen.core.config import Config
+from deepen.core.errors import AddressError, CheckpointError, ConfigError
+from deepen.core.files import read_json, write_folder_atomically, write_json
+from deepen.core.method import Decoder, RecursiveModel
+from deepen.core.registry import Method
+from deepen.generate.plain import PlainDecoder
+
+MANIFEST = "deepen.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BaseRecord(Config):
+    """The base model an adapter was made for: where it was, and what it was."""
+
+    address: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest(Config):
+    """What `deepen.json` holds."""
+
+    format: int
+    method: str
+    base: BaseRecord
+    tokenizer: str
+    deepen_version: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to decode: `decoder` is the method's model, or plain decoding where there is no method.
+
+    `method` and `model` are None for a plain base. `backbone` is attached to the base, which is in evaluation mode
+    with no parameter frozen.
+    """
+
+    decoder: Decoder
+    backbone: Backbone
+    tokenizer: Any
+    identity: BaseIdentity
+    method: Method | None = None
+    model: RecursiveModel | None = None
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text of this model: those it generates with, else the tokenizer's."""
+        ids = self.backbone.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+def is_adapter(address: str | Path) -> bool:
+    """Whether `address` is a folder that `save_adapter` wrote."""
+    return bool(str(address)) and (Path(address).expanduser() / MANIFEST).is_file()
+
+
+def save_adapter(
+    folder: str | Path, *, method: Method, model: RecursiveModel, identity: BaseIdentity, replace: bool = False
+) -> None:
+    """Write `model`'s configuration and tensors to `folder`, beside the identity of its base; all of it or nothing.
+
+    Raises `DeepenError` if the folder holds something already and `replace` is false, or can't be written.
+    """
+    manifest = Manifest(
+        format=FORMAT,
+        method=method.name,
+        base=BaseRecord(identity.address, identity.fingerprint),
+        tokenizer=identity.tokenizer,
+        deepen_version=__version__,
+    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.saved_state().items()}
+    with write_folder_atomically(folder, replace=replace) as begun:
+        write_json(begun / MANIFEST, manifest.to_dict())
+        model.config.save(begun / method.config_file)
+        save_file(tensors, begun / method.weights_file, metadata={"format": "pt"})
+
+
+def open_model(
+    address: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    pack: bool = False,
+) -> Opened:
+    """Load the adapter in the folder `address` with its base, or the plain model at `address`.
+
+    `dtype`, `device` and `trust_remote_code` are those of `backbones.resolve.load`. `overrides` are fields of the
+    adapter's configuration to set differently. `base` says where the adapter's base is now, if it has moved. `pack`
+    packs the base's linears for fast decoding on a CPU, at the cost of as much memory again.
+
+    Raises `CheckpointError` if files are missing or damaged, don't fit each other, or belong to another base;
+    `ConfigError` for a configuration that can't be; and what `load` raises.
+    """
+
+    def load_at(place: str) -> Loaded:
+        return load(place, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+    if is_adapter(address):
+        return _Adapter(Path(address).expanduser(), overrides or {}).open_on(load_at, base, pack=pack)
+    _refuse_headless(Path(address).expanduser())
+    if overrides or base is not None:
+        given = _settings(overrides) if overrides else f"base {base}"
+        raise ConfigError(f"{address} is a plain model, which has no use for {given}: that is for adapter folders")
+    loaded = load_at(address)
+    backbone = _attached(loaded, pack=pack)
+    return Opened(PlainDecoder(backbone), backbone, loaded.tokenizer, loaded.identity)
+
+
+def with_overrides(config: Any, overrides: Mapping[str, Any], *, source: str) -> Any:
+    """`config` with some fields set differently, checked; `ConfigError` begins with `source` and what was set."""
+    if not overrides:
+        return config
+    return type(config).from_dict({**config.to_dict(), **overrides}, source=f"{source} with {_settings(overrides)}")
+
+
+class _Adapter:
+    """What an adapter folder holds, read and found to be whole before the base, which takes longer, is loaded."""
+
+    def __init__(self, folder: Path, overrides: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+        self.method = _method_of(folder, self.manifest)
+        for name in (self.method.config_file, self.method.weights_file):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder} is incomplete: it lacks {name}; save or fetch it again")
+        self.overrides = overrides
+        config_file = folder / self.method.config_file
+        saved = self.method.load_config_type().from_file(config_file)
+        self.config = with_overrides(saved, overrides, source=str(config_file))
+        self.weights = _read_weights(folder / self.method.weights_file)
+
+    def open_on(self, load_at: Any, base: str | None, *, pack: bool) -> Opened:
+        """The model on the base that `load_at` gives for an address."""
+        loaded = self._load_base(load_at, base)
+        self._check_base(loaded)
+        backbone = _attached(loaded, pack=pack)
+        model = self.method.load_model_type().build(self.config, backbone, backbone.vocab_size)
+        self._fill(model)
+        return Opened(model.eval(), backbone, loaded.tokenizer, loaded.identity, self.method, model)
+
+    def _load_base(self, load_at: Any, base: str | None) -> Loaded:
+        try:
+            loaded: Loaded = load_at(base if base is not None else self.manifest.base.address)
+        except AddressError as cause:
+            raise type(cause)(
+                f"the base model of {self.folder} can't be had: {cause}. If it is elsewhere now, say where: "
+                "base=ADDRESS (--base on the command line)"
+            ) from cause
+        return loaded
+
+    def _check_base(self, loaded: Loaded) -> None:
+        expected, found = self.manifest.base, loaded.identity
+        if found.fingerprint != expected.fingerprint:
+            raise CheckpointError(
+                f"{self.folder} was made for another base model: {expected.address} with fingerprint "
+                f"{expected.fingerprint}, and {found.address} now has fingerprint {found.fingerprint}. "
+                + self._way_to_the_base(loaded)
+            )
+        if found.tokenizer != self.manifest.tokenizer:
+            raise CheckpointError(
+                f"{self.folder} was made with another tokenizer: that of {expected.address} had digest "
+                f"{self.manifest.tokenizer}, and that of {found.address} has {found.tokenizer}, so ids mean other "
+                f"tokens. Put the tokenizer back that it was made with, or graft anew onto {found.address}"
+            )
+
+    def _way_to_the_base(self, loaded: Loaded) -> str:
+        if next(loaded.model.parameters()).dtype == torch.float16:
+            return "float16 holds other values than the base was saved with; choose dtype bfloat16 or float32"
+        return (
+            "Open it on the model that it was made for (base=ADDRESS, --base on the command line), "
+            f"or graft anew onto {loaded.identity.address}"
+        )
+
+    def _fill(self, model: RecursiveModel) -> None:
+        try:
+            model.load_saved_state(self.weights)
+        except CheckpointError as cause:
+            # The folder alone may well be in order.
+            blame = f". The configuration was changed by {_settings(self.overrides)}" if self.overrides else ""
+            raise CheckpointError(f"{self.folder / self.method.weights_file}: {cause}{blame}") from cause
+
+
+def _attached(loaded: Loaded, *, pack: bool) -> Backbone:
+    backbone = Backbone.attach(loaded.model)
+    if pack:
+        backbone.pack()
+    return backbone
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    file = folder / MANIFEST
+    content = read_json(file, error=CheckpointError)
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{file} does not say its format; save or fetch the folder again")
+    if content["format"] != FORMAT:
+        writer = content.get("deepen_version", "an unknown version")
+        raise CheckpointError(
+            f"{file} has format {content['format']!r}, and this version of deepen ({__version__}) reads format "
+            f"{FORMAT}; use the version that wrote it ({writer}) or a later one"
+        )
+    try:
+        return Manifest.from_dict(content, source=str(file))
+    except ConfigError as cause:
+        raise CheckpointError(f"{cause}; save or fetch the folder again") from cause
+
+
+def _method_of(folder: Path, manifest: Manifest) -> Method:
+    try:
+        return registry.get(manifest.method)
+    except AddressError as cause:
+        raise CheckpointError(
+            f"{folder} needs a method that is not here: {cause}. DEEPEN_METHODS_PATH may name folders with more methods"
+        ) from cause
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise CheckpointError(f"{file} is damaged or incomplete ({cause}); save or fetch it again") from cause
+
+
+def _refuse_headless(folder: Path) -> None:
+    """An adapter that lost its manifest would otherwise pass for a model folder without its config."""
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    for method in registry.discover().values():
+        if (folder / method.weights_file).is_file() or (folder / method.config_file).is_file():
+            raise CheckpointError(
+                f"{folder} has files of the method {method.name} but no {MANIFEST}, which says what base they "
+                "belong to; save or fetch it again"
+            )
+
+
+def _settings(overrides: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in overrides.items())

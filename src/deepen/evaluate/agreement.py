@@ -1,0 +1,72 @@
+"""Whether two decodings say the same, and if not, whether rounding alone may have decided."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepen.backbones.hf import Backbone
+from deepen.generate.sampling import BatchSampler, SamplingConfig
+from deepen.generate.verify import read
+
+# Two kernels may round a decision apart only where its margin (in processed logits) is below this.
+NEAR_TIE_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two rows of ids compared. `position` is where they first differ, `margin` how clear the base's choice is there.
+
+    Both are None for equal rows.
+    """
+
+    position: int | None = None
+    margin: float | None = None
+
+    @property
+    def equal(self) -> bool:
+        """Token for token the same."""
+        return self.position is None
+
+    @property
+    def near_tie(self) -> bool:
+        """Different, at a position where two tokens were as good as equally likely."""
+        return self.margin is not None and self.margin < NEAR_TIE_MARGIN
+
+    def __str__(self) -> str:
+        if self.equal:
+            return "equal"
+        kind = "near-tie" if self.near_tie else "DIFFERENT"
+        return f"{kind} at token {self.position} (margin {self.margin:.1e})"
+
+
+@torch.no_grad()
+def compare(backbone: Backbone, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> Agreement:
+    """Compare two greedy continuations of `prompt`; at the first difference ask the base how clear its choice was."""
+    longest = max(len(ours), len(theirs))
+    position = next((i for i in range(longest) if list(ours[i : i + 1]) != list(theirs[i : i + 1])), None)
+    if position is None:
+        return Agreement()
+    history = [*prompt, *ours[:position]]
+    cache = backbone.new_cache(batch_size=1, capacity=len(history))
+    read(backbone, cache, [history[:-1]])
+    logits = backbone.run(torch.tensor([history[-1:]], device=backbone.device), cache)[0]
+    sampler = BatchSampler([SamplingConfig()])
+    chosen = sampler.choose(0, logits, history, [])
+    return Agreement(position, sampler.margins(0, logits, history, [], chosen)[0])
+
+
+@torch.no_grad()
+def widest_difference(backbone: Backbone, ids: Sequence[int], *, width: int) -> float:
+    """Largest difference between logits from passes of `width` positions and from one-token passes; 0.0: same bits."""
+    logits = [_logits_in_passes(backbone, ids, each) for each in (width, 1)]
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def _logits_in_passes(backbone: Backbone, ids: Sequence[int], width: int) -> torch.Tensor:
+    cache = backbone.new_cache(batch_size=1, capacity=len(ids))
+    parts = []
+    for chunk in torch.tensor([list(ids)], device=backbone.device).split(width, dim=1):
+        parts.append(backbone.run(chunk, cache))
+        cache.commit([chunk.shape[1]])
+    return torch.cat(parts, dim=1)

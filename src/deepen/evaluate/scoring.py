@@ -1,0 +1,204 @@
+"""How well a model predicts documents: one mean over all scored tokens, its interval, and a guard against peeking.
+
+A figure is given only if the scorer passes a perturbation test first: a token that is changed may move no
+log-probability before it, and tokens that could stand in one place share a probability of one.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepen.core.errors import CannotScore
+from deepen.core.types import Batch, Score
+from deepen.data.batches import batch_of
+from deepen.generate.detokenize import Detokenizer, Tokenizer
+
+# Leak-free log-probabilities of a batch, as `RecursiveModel.score` gives them.
+Scorer = Callable[[Batch], Score]
+
+# Tokens of a document before this one are read and not scored, whatever the model: the first chunk of a method that
+# works in chunks needs something to start from.
+FIRST_SCORED = 32
+
+NUM_RESAMPLES = 1000
+
+_GUARD_LENGTH = 96
+_NUM_PLACES = 4
+_NUM_SUBSTITUTES = 2
+# Equal shapes give equal bits in most models. Experts are not among them: how many tokens visit one depends on all of
+# them, and with the shape of a product its rounding.
+_ROUNDING = 1e-5
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What one document adds up to."""
+
+    nll: float
+    num_tokens: int
+    num_correct: int
+    num_bytes: int
+
+
+def evaluate(
+    score: Scorer,
+    batches: Iterable[Batch],
+    *,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda num_tokens: None,
+) -> dict[str, Any]:
+    """Figures over all tokens from `FIRST_SCORED` on in batches whose rows are documents.
+
+    `advance` is called with the number of tokens of each batch that is done.
+
+    | figure | |
+    |---|---|
+    | nll | mean negative log-probability of a token, in nats, summed in float64 over the whole set |
+    | nll_interval_95 | its 95 % bootstrap interval over documents, drawn from `seed`; null for one document |
+    | perplexity | exp(nll) |
+    | bits_per_byte | all bits over the UTF-8 bytes of the text that the scored tokens decode to |
+    | token_accuracy | share of scored tokens that were the most probable |
+    | num_tokens, num_bytes, num_documents | what was scored |
+    | largest_move | what the perturbation test moved a log-probability before the changed token by: 0 is bit-equal |
+
+    Raises `CannotScore` if the scorer fails the perturbation test, if no document is long enough, or if a
+    log-probability is not finite.
+    """
+    given = list(batches)
+    with torch.no_grad():
+        largest_move = require_causal(score, _guard_row(given))
+        documents: list[_Sums] = []
+        for batch in given:
+            documents += _sums_of_rows(score(batch), batch, tokenizer)
+            advance(int(batch.lengths.sum()))
+    return {**_figures(documents, seed), "largest_move": largest_move}
+
+
+def require_causal(score: Scorer, row: Sequence[int]) -> float:
+    """The perturbation test on one row of at least two different ids; raises `CannotScore` if `score` fails it.
+
+    Gives the largest change of a log-probability before a changed token. At the changed place itself, different
+    tokens must have probabilities that sum to at most one, and at most one of them may be the most probable: a scorer
+    that sees the token it predicts fails there.
+    """
+    original = score(batch_of([row]))
+    moves = [0.0]
+    for place in _places(len(row)):
+        changed = [score(batch_of([variant])) for variant in _variants(row, place)]
+        moves += [_move_before(place, original, other) for other in changed]
+        _require_one_distribution(place, [original, *changed])
+    return max(moves)
+
+
+def _places(length: int) -> list[int]:
+    """Indices after the first token, spread evenly up to the last."""
+    return sorted({1 + (length - 2) * part // (_NUM_PLACES - 1) for part in range(_NUM_PLACES)})
+
+
+def _variants(row: Sequence[int], place: int) -> list[list[int]]:
+    """The row with other tokens at `place`: such as it has elsewhere, so that all are in the vocabulary."""
+    others = sorted(set(row) - {row[place]})[:_NUM_SUBSTITUTES]
+    return [[*row[:place], other, *row[place + 1 :]] for other in others]
+
+
+def _move_before(place: int, original: Score, changed: Score) -> float:
+    before = slice(0, place)
+    if not torch.equal(original.scored[:, before], changed.scored[:, before]):
+        raise CannotScore(f"the scorer leaks: which tokens it scores before token {place} depends on that token")
+    difference = float((changed.log_probs[:, before] - original.log_probs[:, before]).abs().max())
+    if not difference <= _ROUNDING:
+        raise CannotScore(
+            f"the scorer leaks: token {place} was changed, and a log-probability before it moved by {difference:.3g} "
+            f"(at most {_ROUNDING:g} is rounding); a perplexity from it would mean nothing"
+        )
+    return difference
+
+
+def _require_one_distribution(place: int, scores: Sequence[Score]) -> None:
+    if not scores[0].scored[0, place]:
+        return
+    probability = sum(float(score.log_probs[0, place].exp()) for score in scores)
+    num_best = sum(bool(score.correct[0, place]) for score in scores)
+    if not probability <= 1 + len(scores) * _ROUNDING or num_best > 1:
+        raise CannotScore(
+            f"the scorer leaks: {len(scores)} different tokens in place {place} have probabilities that sum to "
+            f"{probability:.3g}, and {num_best} of them are the most probable; it sees what it predicts"
+        )
+
+
+def _guard_row(batches: Sequence[Batch]) -> list[int]:
+    """The beginning of the first document that can be scored."""
+    for batch in batches:
+        for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True):
+            row = ids[: min(length, _GUARD_LENGTH)]
+            if length > FIRST_SCORED and len(set(row)) > 1:
+                return list(row)
+    raise CannotScore(
+        f"no document has more than {FIRST_SCORED} tokens, where scoring starts; give longer documents or more tokens"
+    )
+
+
+def _sums_of_rows(score: Score, batch: Batch, tokenizer: Tokenizer) -> list[_Sums]:
+    """Of the rows that have a token to score."""
+    counted = score.scored & (torch.arange(score.scored.shape[1]) >= FIRST_SCORED)
+    documents = []
+    for row, length in enumerate(batch.lengths.tolist()):
+        mask = counted[row]
+        if mask.any():
+            num_bytes = _bytes_of_tokens(batch.input_ids[row, :length].tolist(), tokenizer)
+            documents.append(
+                _Sums(
+                    nll=-float(score.log_probs[row][mask].double().sum()),
+                    num_tokens=int(mask.sum()),
+                    num_correct=int(score.correct[row][mask].sum()),
+                    num_bytes=sum(num for num, counts in zip(num_bytes, mask.tolist(), strict=False) if counts),
+                )
+            )
+    return documents
+
+
+def _bytes_of_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """UTF-8 bytes that each token adds to the text; those of a character belong to the token that completes it."""
+    detokenizer = Detokenizer(tokenizer)
+    num_bytes = [len(detokenizer.feed([token]).encode()) for token in ids]
+    num_bytes[-1] += len(detokenizer.pending.encode())
+    return num_bytes
+
+
+def _figures(documents: Sequence[_Sums], seed: int) -> dict[str, Any]:
+    nll = torch.tensor([document.nll for document in documents], dtype=torch.float64)
+    tokens = torch.tensor([document.num_tokens for document in documents], dtype=torch.float64)
+    num_tokens = sum(document.num_tokens for document in documents)
+    num_bytes = sum(document.num_bytes for document in documents)
+    mean = float(nll.sum()) / num_tokens
+    perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())
+    if not math.isfinite(perplexity):
+        raise CannotScore(f"the mean negative log-probability is {mean}: the model has no usable distribution")
+    return {
+        "nll": mean,
+        "nll_interval_95": _interval(nll, tokens, seed),
+        "perplexity": perplexity,
+        "bits_per_byte": float(nll.sum()) / math.log(2) / num_bytes if num_bytes else None,
+        "token_accuracy": sum(document.num_correct for document in documents) / num_tokens,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_documents": len(documents),
+    }
+
+
+def _interval(nll: Tensor, tokens: Tensor, seed: int) -> list[float] | None:
+    """Where 95 % of the means lie of sets drawn, with replacement, from the documents."""
+    if len(nll) < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for _ in range(NUM_RESAMPLES):
+        drawn = torch.randint(len(nll), (len(nll),), generator=generator)
+        means.append(nll[drawn].sum() / tokens[drawn].sum())
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [low, high]

@@ -1,0 +1,334 @@
+"""What shared code relies on, asked of every method there is, and of one dropped in: each preset on a tiny base.
+
+A preset may be refused, as long as it says that this version lacks it; whatever works must work as the protocol says.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepen.methods
+from deepen.backbones import tiny
+from deepen.backbones.hf import Backbone
+from deepen.backbones.resolve import load
+from deepen.checkpoint import open_model, save_adapter
+from deepen.core import registry
+from deepen.core.errors import CheckpointError, DeepenError
+from deepen.core.method import RecursiveModel
+from deepen.core.types import Batch, Progress, Prompt, Score, StepOutput
+from deepen.data.batches import batch_of
+from deepen.generate.loop import complete
+from deepen.generate.plain import PlainDecoder
+from deepen.generate.sampling import BatchSampler, SamplingConfig
+from deepen.generate.scoring import score_at_once
+from deepen.generate.stop import StopConfig
+from deepen.train.loop import make_optimizer
+
+DROPPED_IN = Path(__file__).parent / "dropped_in"
+PRESETS = [
+    *((name, preset) for name, method in registry.discover().items() for preset in method.preset_paths()),
+    *((path.parents[1].name, path.stem) for path in sorted(DROPPED_IN.glob("*/presets/*.json"))),
+]
+METHODS = sorted({name for name, _ in PRESETS})
+ADDRESS = "tiny:llama"
+SAMPLED = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, seed=11)
+
+
+@pytest.fixture(autouse=True)
+def dropped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepen.methods, "__path__", [*deepen.methods.__path__, str(DROPPED_IN)])
+
+
+@pytest.fixture(params=PRESETS, ids="-".join)
+def preset(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+def build(preset: tuple[str, str]) -> Any:
+    """The untrained model of a method's preset on a base of its own."""
+    torch.manual_seed(0)
+    method = registry.get(preset[0])
+    backbone = Backbone.attach(tiny.build("llama"))
+    model = method.load_model_type().build(method.load_config(preset[1]), backbone, backbone.vocab_size)
+    return model.eval()
+
+
+@pytest.fixture
+def untrained(preset) -> Any:
+    return build(preset)
+
+
+@pytest.fixture
+def model(untrained) -> Any:
+    """Stands for a trained one: all that the method added is noise."""
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in untrained.saved_state().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=source) * 0.3)
+    return untrained
+
+
+def unless_refused(action: Callable[[], Any]) -> Any:
+    """What `action` gives; None if it is refused, which must be said in so many words."""
+    try:
+        return action()
+    except DeepenError as refusal:
+        assert "this version" in str(refusal)
+        return None
+
+
+def rows(*lengths: int, seed: int = 0) -> list[list[int]]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=source).tolist() for length in lengths]
+
+
+def own_parameters(model: Any) -> dict[str, nn.Parameter]:
+    of_base = set(model.backbone.model.parameters())
+    return {name: parameter for name, parameter in model.named_parameters() if parameter not in of_base}
+
+
+def scored(model: Any, *given: list[int]) -> Score | None:
+    return unless_refused(lambda: model.score(batch_of(given)))
+
+
+def test_a_model_meets_the_protocol(untrained):
+    assert isinstance(untrained, nn.Module)
+    assert isinstance(untrained, RecursiveModel)
+    assert type(untrained.config).from_dict(untrained.config.to_dict()) == untrained.config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_preset_that_generates_and_scores(name):
+    models = [build(preset) for preset in PRESETS if preset[0] == name]
+    assert any(scored(model, *rows(9)) and generated(model, *rows(9)) for model in models)
+
+
+class TestSavedState:
+    def test_it_holds_what_is_trained_and_nothing_of_the_base(self, model):
+        of_base = {tensor.untyped_storage().data_ptr() for tensor in model.backbone.model.state_dict().values()}
+        saved = {tensor.untyped_storage().data_ptr() for tensor in model.saved_state().values()}
+        assert saved & of_base == set()
+        assert {parameter.untyped_storage().data_ptr() for parameter in own_parameters(model).values()} <= saved
+
+    def test_it_goes_back_bit_for_bit(self, model, preset):
+        other = build(preset)
+        other.load_saved_state({name: tensor.clone() for name, tensor in model.saved_state().items()})
+        assert_equal_states(other.saved_state(), model.saved_state())
+        expected, actual = (scored(each, *rows(40, 23)) for each in (model, other))
+        assert (expected is None) == (actual is None)
+        if expected is not None:
+            assert torch.equal(actual.log_probs, expected.log_probs)
+
+    @pytest.mark.parametrize("damage", ["missing", "unknown", "misshapen"])
+    def test_another_state_is_refused_and_changes_nothing(self, untrained, damage):
+        state = {name: torch.ones_like(tensor) for name, tensor in untrained.saved_state().items()}
+        before = {name: tensor.detach().clone() for name, tensor in untrained.saved_state().items()}
+        if damage == "unknown":
+            bad, state["no.such.tensor"] = "no.such.tensor", torch.zeros(2)
+        elif state:
+            bad = sorted(state)[-1]
+            if damage == "missing":
+                del state[bad]
+            else:
+                state[bad] = torch.zeros(*state[bad].shape, 2)
+        else:
+            return  # nothing is added, so nothing can be missing
+        with pytest.raises(CheckpointError, match=bad):
+            untrained.load_saved_state(state)
+        assert_equal_states(untrained.saved_state(), before)
+
+    def test_a_saved_folder_opens_as_the_same_model(self, preset, tmp_path):
+        method, loaded = registry.get(preset[0]), load(ADDRESS)
+        backbone = Backbone.attach(loaded.model)
+        model = method.load_model_type().build(method.load_config(preset[1]), backbone, backbone.vocab_size)
+        save_adapter(tmp_path / "adapter", method=method, model=model, identity=loaded.identity)
+        opened = open_model(str(tmp_path / "adapter"))
+        assert opened.method == method
+        assert opened.model.config == model.config
+        assert_equal_states(opened.model.saved_state(), model.saved_state())
+
+
+def assert_equal_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_optimizer_groups_cover_each_trainable_parameter_once(untrained):
+    counts = Counter(parameter for group in untrained.optim_groups() for parameter in group["params"])
+    own = own_parameters(untrained)
+    assert all(counts[parameter] == 1 for parameter in own.values() if parameter.requires_grad)
+    assert set(counts.values()) <= {1}
+    if own:
+        make_optimizer(untrained, untrained.backbone.model, learning_rate=None)
+
+
+def generated(model: Any, *prompts: list[int], sampling: Any = None, num: int = 24) -> list[list[int]] | None:
+    stop = StopConfig(max_new_tokens=num)
+    results = unless_refused(lambda: complete(model, prompts, sampling=sampling, stop=stop))
+    return results and [result.tokens for result in results]
+
+
+class TestGeneration:
+    @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
+    def test_an_untrained_model_generates_what_its_base_does(self, untrained, sampling):
+        prompts = rows(5, 1, 19)
+        actual = generated(untrained, *prompts, sampling=sampling)
+        if actual is not None:
+            assert actual == generated(PlainDecoder(untrained.backbone), *prompts, sampling=sampling)
+
+    def test_the_order_of_rows_and_their_company_change_nothing(self, model):
+        prompts = rows(5, 12, 1, 19)
+        configs = [SamplingConfig(temperature=0.9, seed=row) for row in range(4)]
+        together = generated(model, *prompts, sampling=configs)
+        if together is None:
+            return
+        assert generated(model, *reversed(prompts), sampling=configs[::-1]) == together[::-1]
+        alone = [generated(model, row, sampling=[config]) for row, config in zip(prompts, configs, strict=True)]
+        assert [only for (only,) in alone] == together
+
+    def test_dropped_rows_are_not_missed(self, model):
+        prompt = Prompt(tuple(map(tuple, rows(5, 12, 7))), max_new_tokens=300)
+        whole = unless_refused(lambda: gained(model, prompt, dropped=()))
+        if whole is None:
+            return
+        without = gained(model, prompt, dropped=(1,))
+        for row in (0, 2):
+            common = min(len(without[row]), len(whole[row]))
+            assert common >= 6 and without[row][:common] == whole[row][:common]
+
+    def test_every_advance_gets_on(self, model):
+        prompt = Prompt(((1, 2, 3), (4,)), max_new_tokens=300)
+        decoding = unless_refused(lambda: model.open(prompt))
+        if decoding is None:
+            return
+        for _ in range(4):
+            advance = model.advance(decoding, BatchSampler([SAMPLED] * 2))
+            assert any(row.tokens for row in advance.rows)
+            assert advance.spent.passes >= 1 and advance.spent.positions >= 1
+
+
+def gained(model: Any, prompt: Prompt, *, dropped: tuple[int, ...]) -> dict[int, list[int]]:
+    """The tokens of each row after six advances, some rows dropped after the third."""
+    decoding, sampler = model.open(prompt), BatchSampler([SAMPLED] * len(prompt.rows))
+    alive = list(range(len(prompt.rows)))
+    tokens: dict[int, list[int]] = {row: [] for row in alive}
+    for count in range(6):
+        if count == 3 and dropped:
+            model.drop(decoding, dropped)
+            sampler.drop(dropped)
+            alive = [row for row in alive if row not in dropped]
+        for row, advance in zip(alive, model.advance(decoding, sampler).rows, strict=True):
+            tokens[row] += advance.tokens
+    return tokens
+
+
+class TestScore:
+    def test_an_untrained_model_scores_as_its_base_does(self, untrained):
+        batch = batch_of(rows(60, 33))
+        actual = scored(untrained, *rows(60, 33))
+        if actual is None:
+            return
+        with torch.no_grad():
+            expected = score_at_once(untrained.backbone, batch)
+        assert torch.equal(actual.scored, expected.scored)
+        torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=1e-5)
+        assert torch.equal(actual.correct, expected.correct)
+
+    def test_nothing_moves_before_a_changed_token(self, model):
+        (row,) = rows(70)
+        original = scored(model, row)
+        if original is None:
+            return
+        for place in (1, 16, 17, 40, 69):
+            changed = model.score(batch_of([[*row[:place], (row[place] + 7) % 256, *row[place + 1 :]]]))
+            assert torch.equal(changed.log_probs[:, :place], original.log_probs[:, :place])
+            assert torch.equal(changed.correct[:, :place], original.correct[:, :place])
+
+    def test_the_probabilities_of_all_tokens_in_one_place_sum_to_one(self, model):
+        (row,) = rows(40)
+        if scored(model, row) is None:
+            return
+        place = 33
+        others = [[*row[:place], token, *row[place + 1 :]] for token in range(model.backbone.vocab_size)]
+        score = model.score(batch_of(others))
+        assert float(score.log_probs[:, place].double().exp().sum()) == pytest.approx(1, abs=1e-5)
+        assert int(score.correct[:, place].sum()) == 1
+
+    def test_pads_and_company_change_nothing(self, model):
+        together = scored(model, *rows(50, 1, 35))
+        if together is None:
+            return
+        for index, row in enumerate(rows(50, 1, 35)):
+            alone = model.score(batch_of([row]))
+            torch.testing.assert_close(together.log_probs[index, : len(row)], alone.log_probs[0], rtol=0, atol=1e-5)
+            assert torch.equal(together.scored[index, : len(row)], alone.scored[0])
+            assert not together.scored[index, len(row) :].any()
+            assert not together.log_probs[index, len(row) :].any()
+
+
+class TestTraining:
+    def test_losses_are_sums_over_units_that_are_counted_beforehand(self, model):
+        first, second = rows(40, 23)
+        whole = trained_on(model, first, second)
+        if whole is None:
+            return
+        parts = [trained_on(model, row) for row in (first, second)]
+        assert whole.losses
+        for name, term in whole.losses.items():
+            assert term.total.ndim == 0 and term.total.requires_grad
+            torch.testing.assert_close(term.total, sum(part.losses[name].total for part in parts))
+            counts = [counted(model, *given)[term.unit] for given in ([first, second], [first], [second])]
+            assert counts[0] == counts[1] + counts[2]
+
+    def test_only_what_is_in_a_group_gets_a_gradient(self, model):
+        if own_parameters(model):
+            make_optimizer(model, model.backbone.model, learning_rate=None)
+        output = trained_on(model, *rows(40, 23))
+        if output is None:
+            return
+        torch.stack([term.total for term in output.losses.values()]).sum().backward()
+        with_gradient = {parameter for parameter in model.parameters() if parameter.grad is not None}
+        grouped = {parameter for group in model.optim_groups() for parameter in group["params"]}
+        assert with_gradient and with_gradient <= grouped
+
+    def test_after_a_step_without_statistics_nothing_has_moved(self, model):
+        before = {name: tensor.detach().clone() for name, tensor in model.saved_state().items()}
+        model.after_step({})
+        assert_equal_states(model.saved_state(), before)
+
+
+def trained_on(model: Any, *given: list[int]) -> StepOutput | None:
+    batch, progress = batch_of(given), Progress(0, 10)
+    prepared = model.prepare(batch, progress)
+    return unless_refused(lambda: model.train_step(prepared, model.begin(batch), progress))
+
+
+def counted(model: Any, *given: list[int]) -> dict[str, int]:
+    batch: Batch = model.prepare(batch_of(given), Progress(0, 10))
+    return dict(model.count(batch))
+
+
+def test_costs_grow_with_what_is_read(untrained):
+    assert untrained.flops(num_positions=2, context=10) > untrained.flops(num_positions=1, context=10) > 0
+    assert untrained.flops(num_positions=1, context=90) > untrained.flops(num_positions=1, context=10)
+    assert untrained.state_bytes(context=90) > untrained.state_bytes(context=10) > 0
+
+
+def test_units_to_shard_are_modules_of_the_model(untrained):
+    units, known = untrained.shard_units(), set(untrained.modules())
+    assert units and all(unit in known for unit in units)
+
+
+def no_duplicates(items: Iterator[Any]) -> bool:
+    seen = list(items)
+    return len(seen) == len(set(seen))
+
+
+def test_units_to_shard_are_named_once(untrained):
+    assert no_duplicates(map(id, untrained.shard_units()))
