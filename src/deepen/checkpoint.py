@@ -9,7 +9,7 @@
 `open_model` takes such a folder as it takes the address of a plain model, or says what about it doesn't fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ class _Adapter:
         self.config = with_overrides(saved, overrides, source=str(config_file))
         self.weights = _read_weights(folder / self.method.weights_file)
 
-    def open_on(self, load_at: Any, base: str | None, *, pack: bool) -> Opened:
+    def open_on(self, load_at: Callable[[str], Loaded], base: str | None, *, pack: bool) -> Opened:
         """The model on the base that `load_at` gives for an address."""
         loaded = self._load_base(load_at, base)
         self._check_base(loaded)
@@ -170,15 +170,14 @@ class _Adapter:
         self._fill(model)
         return Opened(model.eval(), backbone, loaded.tokenizer, loaded.identity, self.method, model)
 
-    def _load_base(self, load_at: Any, base: str | None) -> Loaded:
+    def _load_base(self, load_at: Callable[[str], Loaded], base: str | None) -> Loaded:
         try:
-            loaded: Loaded = load_at(base if base is not None else self.manifest.base.address)
+            return load_at(base if base is not None else self.manifest.base.address)
         except AddressError as cause:
             raise type(cause)(
                 f"the base model of {self.folder} can't be had: {cause}. If it is elsewhere now, say where: "
                 "base=ADDRESS (--base on the command line)"
             ) from cause
-        return loaded
 
     def _check_base(self, loaded: Loaded) -> None:
         expected, found = self.manifest.base, loaded.identity

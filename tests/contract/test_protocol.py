@@ -3,8 +3,9 @@
 A preset may be refused, as long as it says that this version lacks it; whatever works must work as the protocol says.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ PRESETS = [
 ]
 METHODS = sorted({name for name, _ in PRESETS})
 ADDRESS = "tiny:llama"
+BASE = tiny.build("llama")
 SAMPLED = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, seed=11)
 
 
@@ -53,7 +55,7 @@ def build(preset: tuple[str, str]) -> Any:
     """The untrained model of a method's preset on a base of its own."""
     torch.manual_seed(0)
     method = registry.get(preset[0])
-    backbone = Backbone.attach(tiny.build("llama"))
+    backbone = Backbone.attach(copy.deepcopy(BASE))
     model = method.load_model_type().build(method.load_config(preset[1]), backbone, backbone.vocab_size)
     return model.eval()
 
@@ -168,8 +170,8 @@ def test_optimizer_groups_cover_each_trainable_parameter_once(untrained):
         make_optimizer(untrained, untrained.backbone.model, learning_rate=None)
 
 
-def generated(model: Any, *prompts: list[int], sampling: Any = None, num: int = 24) -> list[list[int]] | None:
-    stop = StopConfig(max_new_tokens=num)
+def generated(model: Any, *prompts: list[int], sampling: Any = None) -> list[list[int]] | None:
+    stop = StopConfig(max_new_tokens=10)
     results = unless_refused(lambda: complete(model, prompts, sampling=sampling, stop=stop))
     return results and [result.tokens for result in results]
 
@@ -183,8 +185,8 @@ class TestGeneration:
             assert actual == generated(PlainDecoder(untrained.backbone), *prompts, sampling=sampling)
 
     def test_the_order_of_rows_and_their_company_change_nothing(self, model):
-        prompts = rows(5, 12, 1, 19)
-        configs = [SamplingConfig(temperature=0.9, seed=row) for row in range(4)]
+        prompts = rows(5, 1, 19)
+        configs = [SamplingConfig(temperature=0.9, seed=row) for row in range(3)]
         together = generated(model, *prompts, sampling=configs)
         if together is None:
             return
@@ -251,10 +253,10 @@ class TestScore:
             assert torch.equal(changed.correct[:, :place], original.correct[:, :place])
 
     def test_the_probabilities_of_all_tokens_in_one_place_sum_to_one(self, model):
-        (row,) = rows(40)
+        (row,) = rows(12)
         if scored(model, row) is None:
             return
-        place = 33
+        place = 9
         others = [[*row[:place], token, *row[place + 1 :]] for token in range(model.backbone.vocab_size)]
         score = model.score(batch_of(others))
         assert float(score.log_probs[:, place].double().exp().sum()) == pytest.approx(1, abs=1e-5)
@@ -323,12 +325,4 @@ def test_costs_grow_with_what_is_read(untrained):
 def test_units_to_shard_are_modules_of_the_model(untrained):
     units, known = untrained.shard_units(), set(untrained.modules())
     assert units and all(unit in known for unit in units)
-
-
-def no_duplicates(items: Iterator[Any]) -> bool:
-    seen = list(items)
-    return len(seen) == len(set(seen))
-
-
-def test_units_to_shard_are_named_once(untrained):
-    assert no_duplicates(map(id, untrained.shard_units()))
+    assert len(set(units)) == len(units)

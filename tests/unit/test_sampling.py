@@ -188,6 +188,14 @@ def test_rounding_decides_at_min_p_as_it_does_in_transformers(share, dtype):
     assert survivors_of(config, logits) == [expected.nonzero().flatten().tolist()]
 
 
+def test_a_min_p_below_what_float32_can_tell_apart_is_treated_as_in_transformers():
+    logits = torch.tensor([[0.0, -130.0, -150.0] + [-160.0] * 597])
+    config = SamplingConfig(temperature=1.0, min_p=1e-60)
+    expected = theirs(config, logits[0], []) > -math.inf
+    assert expected.all()
+    assert survivors_of(config, logits) == [list(range(600))]
+
+
 def test_ties_of_the_kth_that_go_on_beyond_the_candidates_count_for_top_p():
     logits = torch.full((1, 600), -9.0)
     logits[0, 300:400] = 0.0

@@ -133,14 +133,16 @@ def read_prompt(options: Options) -> str:
         source, text = "--prompt", options.prompt
     elif options.prompt_file is not None:
         source, text = options.prompt_file, _decoded(_file(options.prompt_file), options.prompt_file)
-    elif sys.stdin.isatty():
+    elif sys.stdin is None or sys.stdin.isatty():
         raise PromptError("there is no prompt: pass --prompt TEXT or --prompt-file FILE, or pipe one in")
     else:
         source, text = "standard input", _decoded(sys.stdin.buffer.read(), "standard input")
     if not text:
         raise PromptError(f"the prompt ({source}) is empty; give at least one character")
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise PromptError(f"the prompt ({source}) is not UTF-8 text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:  # arguments may hold bytes that no encoding explains
+        raise PromptError(f"the prompt ({source}) is not UTF-8 text; convert it first") from cause
     return text
 
 

@@ -125,3 +125,4 @@ def _print(renderable: Any) -> None:
     # rich fills every line up to the table's width.
     lines = (line.rstrip() for line in capture.get().splitlines())
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()  # minutes of work may follow

@@ -42,11 +42,11 @@ def document_rows(
     """The first `max_length` tokens of each document, until there are `max_tokens`; the last row is cut to fit."""
     num_left = max_tokens
     for text in texts:
-        if num_left <= 0:
-            return
         row = token_ids(text, tokenizer)[: min(max_length, num_left)]
-        num_left -= len(row)
         yield row
+        num_left -= len(row)
+        if num_left == 0:
+            return
 
 
 def token_ids(text: str, tokenizer: Encoder) -> list[int]:

@@ -33,6 +33,8 @@ _NUM_NOISY = 2**16
 # A cut nearer to a token than this (in probability; in log-probability for min-p) could fall on its other side with
 # another order of summation. At least ten times what sums over a vocabulary differ by.
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+# The same for a min-p below this: the probabilities that it divides are 0 in float32.
+_UNDERFLOW = 1e-20
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ def filtered_scores(scores: Float[Tensor, "V"], config: SamplingConfig) -> Float
 def _require_maximum(logits: Tensor) -> None:
     if not logits.amax(dim=-1).isfinite().all():
         raise DeepenError(
-            f"the model's logits are NaN or infinite (in {logits.dtype}): its weights are damaged, or it overflows in a "
-            "precision lower than it was made for; load it with dtype float32"
+            f"the model's logits are NaN or infinite (in {logits.dtype}): its weights are damaged, or it overflows in "
+            "a precision lower than it was made for; load it with dtype float32"
         )
 
 
@@ -287,7 +289,7 @@ def _filter(candidates: _Candidates, masses: Tensor | None, config: SamplingConf
     if config.min_p > 0.0:
         spare = scores - math.log(config.min_p)
         kept &= spare >= 0
-        sure &= (spare.abs() > rounding).all(dim=-1)
+        sure &= (spare.abs() > rounding).all(dim=-1) & (config.min_p > _UNDERFLOW)
     sure &= ~(kept & (scores == last)).any(dim=-1)
     return candidates.scores.masked_fill(~kept, -math.inf), sure
 

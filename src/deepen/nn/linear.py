@@ -5,7 +5,7 @@ A weight reordered once into oneDNN's blocked layout costs little more for 8 row
 treats each row alone. Only its single-row kernel sums in another order, so fewer than `MIN_ROWS` rows are padded:
 then a token's result depends on neither the width of its pass nor on its batch-mates ("batch-invariant" kernels).
 
-The operators are private to torch and serve inference alone: while gradients are recorded, and on other devices and
+The operators are private to torch and serve inference alone: where a gradient is wanted, and on other devices and
 dtypes, a packed layer computes `F.linear` as before.
 """
 
@@ -42,7 +42,8 @@ class PackedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         linear = self._linear
-        if torch.is_grad_enabled() or x.dtype != torch.float32:
+        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
+        if needs_gradient or x.dtype != torch.float32:
             return F.linear(x, linear.weight, linear.bias)
         if _version(linear.weight) != self._version:
             self.__init__(linear)  # type: ignore[misc]  # the weight moved (an optimizer step): pack it anew

@@ -206,7 +206,7 @@ def _mean(name: str, term: LossTerm, counts: Mapping[Unit, int]) -> Tensor:
 def _require_finite(losses: Mapping[str, Tensor], where: str) -> None:
     if torch.stack(list(losses.values())).isfinite().all():
         return
-    name, value = next((name, float(loss)) for name, loss in losses.items() if not math.isfinite(float(loss)))
+    name, value = next((name, loss.item()) for name, loss in losses.items() if not loss.isfinite())
     raise NotFinite(f'the loss "{name}" is {value} {where}; try a lower learning_rate or grad_clip')
 
 
@@ -214,7 +214,7 @@ def _clip(optimizer: torch.optim.Optimizer, longest: float | None, where: str) -
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if longest is None else longest)
     if not norm.isfinite():
-        raise NotFinite(f"the gradient's norm is {float(norm)} {where}; try a lower learning_rate or grad_clip")
+        raise NotFinite(f"the gradient's norm is {norm.item()} {where}; try a lower learning_rate or grad_clip")
 
 
 def _check_groups(groups: list[dict[str, Any]], model: nn.Module, base: nn.Module) -> None:

@@ -1,0 +1,303 @@
+"""Exact mode gives the base's own output, whatever the sidecar holds and wherever drafts come from."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepen.backbones import tiny
+from deepen.backbones.hf import Backbone
+from deepen.core.errors import ConfigError, RollbackError
+from deepen.core.types import Batch, Prompt
+from deepen.data.tokenizer import byte_tokenizer
+from deepen.generate.events import RowResult
+from deepen.generate.loop import complete
+from deepen.generate.plain import PlainDecoder
+from deepen.generate.sampling import BatchSampler, SamplingConfig
+from deepen.generate.scoring import score_at_once
+from deepen.generate.stop import StopConfig
+from deepen.methods.chunk.config import RecursiveConfig
+from deepen.methods.chunk.model import ChunkRefineWrapper
+
+BASES = ("llama", "qwen3", "nanochat")
+DRAFTS = ("ar", "lookup", "mask", "auto")
+NOISE_STD = 5.0
+TOKENIZER = byte_tokenizer()
+
+
+@cache
+def backbone(name: str) -> Backbone:
+    attached = Backbone.attach(tiny.build(name).requires_grad_(False))
+    attached.pack()
+    return attached
+
+
+@cache
+def wrapper(name: str, *, noise: bool, draft: str, chunk_width: int) -> ChunkRefineWrapper:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = ChunkRefineWrapper(
+            backbone(name).model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16,
+            gate_hidden=16, layers_to_refine=(1, 3),
+        )  # fmt: skip
+        if noise:
+            for tensor in model.saved_state().values():
+                tensor.normal_(std=NOISE_STD)
+    return model
+
+
+prompts = st.lists(st.integers(0, 255), min_size=1, max_size=40)
+# Text that repeats itself, so that copied drafts are often accepted.
+loops = st.builds(lambda unit, times: unit * times, st.lists(st.integers(0, 255), min_size=1, max_size=6), st.just(5))
+samplings = st.one_of(
+    st.just(SamplingConfig()),
+    st.builds(SamplingConfig, repetition_penalty=st.sampled_from([1.1, 1.7])),
+    st.builds(
+        SamplingConfig,
+        temperature=st.sampled_from([0.2, 0.8, 1.5]),
+        top_k=st.sampled_from([0, 5]),
+        top_p=st.sampled_from([1.0, 0.8]),
+        min_p=st.sampled_from([0.0, 0.05]),
+        repetition_penalty=st.sampled_from([1.0, 1.2]),
+        seed=st.integers(0, 2**32),
+    ),
+)
+stops = st.builds(
+    StopConfig,
+    max_new_tokens=st.integers(0, 40),
+    eos_ids=st.sampled_from([(), (258,), tuple(range(0, 256, 9))]),
+    stop_strings=st.sampled_from([(), ("a",), ("\x01", "ab")]),
+)
+
+
+def outcome(results: Sequence[RowResult]) -> list[tuple[list[int], str, str | None]]:
+    return [(result.tokens, result.text, result.reason) for result in results]
+
+
+@given(
+    name=st.sampled_from(BASES),
+    noise=st.booleans(),
+    draft=st.sampled_from(DRAFTS),
+    chunk_width=st.integers(1, 64),
+    rows=st.lists(st.one_of(prompts, loops), min_size=1, max_size=3),
+    sampling=samplings,
+    stop=stops,
+)
+def test_any_sidecar_any_draft_gives_the_plain_output(
+    name: str,
+    noise: bool,
+    draft: str,
+    chunk_width: int,
+    rows: list[list[int]],
+    sampling: SamplingConfig,
+    stop: StopConfig,
+) -> None:
+    options = {"sampling": sampling, "stop": stop, "tokenizer": TOKENIZER}
+    plain = complete(PlainDecoder(backbone(name)), rows, **options)
+    exact = complete(wrapper(name, noise=noise, draft=draft, chunk_width=chunk_width), rows, **options)
+    assert outcome(exact) == outcome(plain)
+    for result in exact:
+        assert result.passes <= max(len(result.tokens), 1)
+        assert all(count <= chunk_width for count in result.commits)
+
+
+@given(name=st.sampled_from(BASES), draft=st.sampled_from(DRAFTS), chunk_width=st.integers(1, 64), row=prompts)
+def test_in_float64_too(name: str, draft: str, chunk_width: int, row: list[int]) -> None:
+    base = Backbone.attach(_double(name))
+    model = ChunkRefineWrapper(base.model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16)
+    stop = StopConfig(max_new_tokens=12)
+    assert complete(model, [row], stop=stop)[0].tokens == complete(PlainDecoder(base), [row], stop=stop)[0].tokens
+
+
+@cache
+def _double(name: str) -> torch.nn.Module:
+    return tiny.build(name, dtype=torch.float64)
+
+
+@given(
+    name=st.sampled_from(BASES),
+    rows=st.lists(st.one_of(prompts, loops), min_size=2, max_size=4),
+    draft=st.sampled_from(DRAFTS),
+    data=st.data(),
+)
+def test_a_row_depends_on_neither_batch_mates_nor_order(
+    name: str, rows: list[list[int]], draft: str, data: st.DataObject
+) -> None:
+    model = wrapper(name, noise=True, draft=draft, chunk_width=8)
+    samplings = [SamplingConfig(temperature=0.7, seed=data.draw(st.integers(0, 9))) for _ in rows]
+    stop = StopConfig(max_new_tokens=12)
+    together = complete(model, rows, sampling=samplings, stop=stop)
+    order = data.draw(st.permutations(range(len(rows))))
+    reordered = complete(model, [rows[i] for i in order], sampling=[samplings[i] for i in order], stop=stop)
+    for place, index in enumerate(order):
+        alone = complete(model, [rows[index]], sampling=[samplings[index]], stop=stop)[0]
+        assert alone.tokens == together[index].tokens == reordered[place].tokens
+
+
+@given(name=st.sampled_from(BASES), row=st.one_of(prompts, loops), draft=st.sampled_from(DRAFTS))
+def test_after_every_commit_the_cache_equals_a_fresh_prefill(name: str, row: list[int], draft: str) -> None:
+    model, base = wrapper(name, noise=True, draft=draft, chunk_width=8), backbone(name)
+    decoding = model.open(Prompt((tuple(row),), 10))
+    sampler = BatchSampler([SamplingConfig()])
+    while decoding.room(0) > 0:
+        model.advance(decoding, sampler)
+        committed = decoding.rows[0][:-1]
+        assert decoding.cache.lengths == [len(committed)]
+        fresh = base.new_cache(batch_size=1, capacity=len(committed) + 1)
+        if committed:
+            base.run(torch.tensor([committed]), fresh)
+            fresh.commit([len(committed)])
+            for layer in range(base.num_layers):
+                for held, expected in zip(decoding.cache.entries(layer, 0), fresh.entries(layer, 0), strict=True):
+                    assert torch.equal(held, expected)
+
+
+def test_copied_drafts_are_accepted_where_text_repeats() -> None:
+    model = wrapper("nanochat", noise=False, draft="lookup", chunk_width=8)
+    result = complete(model, [[1, 2, 3] * 6], stop=StopConfig(max_new_tokens=40))[0]
+    assert result.accepted["lookup"] > 0
+    assert result.tokens_per_pass > 1.2
+
+
+def test_a_trained_sidecar_is_what_drafts_come_from() -> None:
+    """Slots see the sidecar: other cells and another slot embedding propose other tokens."""
+
+    def proposals(model: ChunkRefineWrapper) -> tuple[int, ...]:
+        decoding = model.open(Prompt(((5, 6, 7, 8),), 20))
+        model.advance(decoding, BatchSampler([SamplingConfig()]))
+        pending = decoding.pending[0]
+        assert pending is not None
+        return pending.tokens
+
+    untrained = wrapper("llama", noise=False, draft="mask", chunk_width=8)
+    assert proposals(untrained) == proposals(untrained)
+    assert len(proposals(untrained)) == 7
+    assert proposals(untrained) != proposals(wrapper("llama", noise=True, draft="mask", chunk_width=8))
+
+
+@torch.no_grad()
+def test_untrained_cells_leave_a_pass_bit_equal_and_noisy_ones_do_not() -> None:
+    base = backbone("llama")
+    tokens = torch.arange(12)[None]
+    slots = torch.zeros_like(tokens, dtype=torch.bool)
+    slots[:, 4:] = True
+
+    def logits(model: ChunkRefineWrapper | None) -> torch.Tensor:
+        edit = None if model is None else lambda layer, h: model.refine_slots(layer, h, slots)
+        return base.run(tokens, base.new_cache(batch_size=1, capacity=12), edit=edit)
+
+    clean = logits(None)
+    assert torch.equal(logits(wrapper("llama", noise=False, draft="mask", chunk_width=8)), clean)
+    noisy = logits(wrapper("llama", noise=True, draft="mask", chunk_width=8))
+    assert torch.equal(noisy[:, :4], clean[:, :4])
+    assert not torch.allclose(noisy[:, 4:], clean[:, 4:], atol=1e-2)
+
+
+@torch.no_grad()
+def test_one_infinite_slot_leaves_clean_logits_unchanged() -> None:
+    base, model = backbone("llama"), wrapper("llama", noise=True, draft="mask", chunk_width=8)
+    tokens = torch.arange(12)[None]
+    slots = torch.zeros_like(tokens, dtype=torch.bool)
+    slots[:, 5] = True
+
+    def poisoned(layer: int, h: torch.Tensor) -> torch.Tensor:
+        if layer == 0:
+            h = h.clone().index_fill_(1, torch.tensor([5]), float("inf"))
+        return model.refine_slots(layer, h, slots)
+
+    clean = base.run(tokens, base.new_cache(batch_size=1, capacity=12))
+    edited = base.run(tokens, base.new_cache(batch_size=1, capacity=12), edit=poisoned)
+    assert torch.equal(edited[:, :5], clean[:, :5])
+    assert edited.isfinite().all()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_grafting_leaves_the_forward_bit_equal(name: str) -> None:
+    model = tiny.build(name)
+    tokens = torch.arange(40).view(2, 20)
+    before = model(tokens).logits
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    grafted = ChunkRefineWrapper(model, recursive_enabled=True, d_state=8, gate_hidden=8)
+    assert grafted.base is model
+    assert torch.equal(grafted(tokens).logits, before)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
+
+
+def test_disabled_has_no_components_and_passes_through() -> None:
+    model = tiny.build("llama")
+    disabled = ChunkRefineWrapper(model, RecursiveConfig())
+    assert (disabled.refine_cells, disabled.boundary, disabled.latent_token, disabled.mask_token) == (None,) * 4
+    assert disabled.saved_state() == {}
+    tokens = torch.arange(9)[None]
+    assert torch.equal(disabled(tokens).logits, model(tokens).logits)
+    stop = StopConfig(max_new_tokens=5)
+    plain = complete(PlainDecoder(Backbone.attach(model)), [[1, 2, 3]], stop=stop)
+    assert complete(disabled, [[1, 2, 3]], stop=stop)[0].tokens == plain[0].tokens
+
+
+@given(
+    name=st.sampled_from(BASES),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    chunk_width=st.integers(1, 64),
+)
+def test_scores_through_chunks_are_the_bases_own(name: str, lengths: list[int], chunk_width: int) -> None:
+    base = Backbone.attach(_double(name))
+    model = ChunkRefineWrapper(base.model, recursive_enabled=True, chunk_width=chunk_width, d_state=8)
+    ids = torch.randint(0, 256, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(3))
+    batch = Batch(ids, torch.tensor(lengths))
+    with torch.no_grad():
+        expected = score_at_once(base, batch)
+    actual = model.score(batch)
+    assert torch.equal(actual.scored, expected.scored)
+    assert torch.equal(actual.correct, expected.correct)
+    torch.testing.assert_close(actual.log_probs, expected.log_probs, rtol=0, atol=1e-10)
+
+
+def test_generate_chunks_gives_prompt_and_continuation() -> None:
+    model = wrapper("llama", noise=True, draft="lookup", chunk_width=8)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    out = model.generate_chunks(ids, max_new_tokens=9, eos_token_id=None)
+    plain = complete(PlainDecoder(backbone("llama")), ids.tolist(), stop=StopConfig(max_new_tokens=9))
+    assert torch.equal(out, torch.cat([ids, torch.tensor([row.tokens for row in plain])], dim=1))
+    narrower = model.generate_chunks(ids, max_new_tokens=9, chunk_width=2, eos_token_id=None)
+    assert torch.equal(narrower, out)
+    # An end of sequence in the first row: what follows it is filled with it.
+    end = int(out[0, 5])
+    ended = model.generate_chunks(ids, max_new_tokens=9, eos_token_id=end)
+    length = plain[0].tokens.index(end) + 1
+    assert ended[0, 3 : 3 + length].tolist() == plain[0].tokens[:length]
+    assert set(ended[0, 3 + length :].tolist()) <= {end}
+
+
+def test_generate_chunks_reproduces_a_row_by_its_seed() -> None:
+    model = wrapper("llama", noise=True, draft="lookup", chunk_width=8)
+    ids = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "eos_token_id": None}
+    both = model.generate_chunks(ids, seed=5, **settings)
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(both[1:], model.generate_chunks(ids[1:], seed=6, **settings))
+
+
+def test_what_this_version_lacks_is_refused_with_a_way_out() -> None:
+    base = tiny.build("llama")
+    refined = ChunkRefineWrapper(base, RecursiveConfig(recursive_enabled=True, commit_mode="refined"))
+    with pytest.raises(ConfigError, match="'refined'.*use 'exact'"):
+        refined.open(Prompt(((1, 2),), 4))
+    jacobi = ChunkRefineWrapper(base, RecursiveConfig(recursive_enabled=True, draft="jacobi"))
+    with pytest.raises(ConfigError, match="draft 'jacobi'.*ar, lookup, auto, mask"):
+        jacobi.open(Prompt(((1, 2),), 4))
+
+
+def test_a_recurrent_base_decodes_plainly_and_refuses_drafts() -> None:
+    base = Backbone.attach(tiny.build("kimi_linear"))
+    stop = StopConfig(max_new_tokens=10)
+    prompt = [[1, 2, 3] * 4]
+    plain = complete(PlainDecoder(base), prompt, stop=stop)[0].tokens
+    config = RecursiveConfig(recursive_enabled=True, draft="ar", d_state=8, chunk_width=8)
+    assert complete(ChunkRefineWrapper(base.model, config), prompt, stop=stop)[0].tokens == plain
+    with pytest.raises(RollbackError, match="recurrent state"):
+        complete(ChunkRefineWrapper(base.model, replace(config, draft="lookup")), prompt, stop=stop)

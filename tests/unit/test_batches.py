@@ -1,0 +1,128 @@
+"""Rows and batches of token ids."""
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepen.data.batches import batch_of, document_rows, shuffled_batches, token_ids, training_rows
+from deepen.data.tokenizer import BOS_ID, EOS_ID, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+texts = st.lists(st.text(min_size=1, max_size=40), max_size=6)
+
+
+def rows_of(batch):
+    ids, lengths = batch.input_ids.tolist(), batch.lengths.tolist()
+    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+
+class TestTokenIds:
+    @given(st.text(max_size=30))
+    def test_they_are_the_text(self, text):
+        assert token_ids(text, TOKENIZER) == list(text.encode())
+
+    def test_a_special_token_written_out_is_text(self):
+        assert EOS_ID not in token_ids("to <|eos|> or not", TOKENIZER)
+
+    def test_what_the_tokenizer_puts_around_a_text_stays(self):
+        class WithBeginning:
+            eos_token_id = EOS_ID
+
+            def encode(self, text, **options):
+                return [BOS_ID, *TOKENIZER.encode(text, **options)]
+
+        assert token_ids("a", WithBeginning()) == [BOS_ID, ord("a")]
+
+    def test_a_text_beyond_the_models_context_is_no_reason_to_warn(self, capfd):
+        assert len(token_ids("x" * 1000, byte_tokenizer(context_length=8))) == 1000
+        assert capfd.readouterr().err == ""
+
+
+class TestTrainingRows:
+    @given(texts, st.integers(2, 12))
+    def test_documents_are_cut_and_nothing_else(self, documents, max_length):
+        rows = training_rows(documents, TOKENIZER, max_length=max_length)
+        expected = []
+        for document in documents:
+            ids = [*document.encode(), EOS_ID]
+            while ids:
+                if len(ids[:max_length]) > 1:
+                    expected.append(ids[:max_length])
+                ids = ids[max_length:]
+        assert rows == expected
+
+    def test_no_end_is_added_where_there_is_one_or_none_is_known(self):
+        class Ending:
+            eos_token_id = 7
+
+            def encode(self, text, **options):
+                return [1, 2, 7]
+
+        class Endless(Ending):
+            eos_token_id = None
+
+        assert training_rows(["x"], Ending(), max_length=9) == [[1, 2, 7]]
+        assert training_rows(["x"], Endless(), max_length=9) == [[1, 2, 7]]
+
+
+class TestDocumentRows:
+    @given(texts, st.integers(1, 12), st.integers(1, 60))
+    def test_beginnings_of_documents_within_the_budget(self, documents, max_length, max_tokens):
+        rows = list(document_rows(documents, TOKENIZER, max_length=max_length, max_tokens=max_tokens))
+        beginnings = [list(document.encode())[:max_length] for document in documents]
+        assert sum(map(len, rows)) == min(max_tokens, sum(map(len, beginnings)))
+        assert rows[:-1] == beginnings[: len(rows)][:-1]
+        assert all(row == whole[: len(row)] for row, whole in zip(rows, beginnings, strict=False))
+
+    def test_documents_behind_the_budget_are_not_asked_for(self):
+        def documents():
+            yield "abc"
+            raise AssertionError("one document too many")
+
+        assert list(document_rows(documents(), TOKENIZER, max_length=9, max_tokens=3)) == [[97, 98, 99]]
+
+
+class TestBatchOf:
+    @given(st.lists(st.lists(st.integers(0, 259), min_size=1, max_size=9), min_size=1, max_size=5))
+    def test_rows_come_back_and_pads_are_told_by_lengths(self, rows):
+        batch = batch_of(rows)
+        assert rows_of(batch) == rows
+        assert batch.input_ids.shape == (len(rows), max(map(len, rows)))
+        assert batch.input_ids.dtype == batch.lengths.dtype == torch.long
+        behind = torch.arange(batch.input_ids.shape[1]) >= batch.lengths[:, None]
+        assert not batch.input_ids[behind].any()
+
+
+class TestShuffledBatches:
+    ROWS = [[index, index] for index in range(7)]
+
+    def first(self, seed, count=7, batch_size=3):
+        batches = islice(shuffled_batches(self.ROWS, batch_size=batch_size, seed=seed), count)
+        return [[row[0] for row in rows_of(batch)] for batch in batches]
+
+    def test_every_row_comes_once_a_round_and_every_batch_is_full(self):
+        batches = self.first(0)
+        assert {len(batch) for batch in batches} == {3}
+        order = [row for batch in batches for row in batch]
+        for start in (0, 7, 14):
+            assert sorted(order[start : start + 7]) == list(range(7))
+        assert order[:7] != order[7:14]
+
+    def test_the_order_is_the_seeds(self):
+        assert self.first(5) == self.first(5)
+        assert self.first(5) != self.first(6)
+
+    def test_it_neither_reads_nor_moves_the_global_random_state(self):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = self.first(5)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        assert self.first(5) == first
+
+    @pytest.mark.parametrize("batch_size", [1, 7, 20])
+    def test_a_batch_may_be_larger_than_the_corpus(self, batch_size):
+        assert all(len(batch) == batch_size for batch in self.first(0, batch_size=batch_size))

@@ -1,0 +1,385 @@
+"""The training loop against a plain one, and what it refuses."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import deepen.methods
+from deepen.backbones.identity import fingerprint
+from deepen.checkpoint import open_model
+from deepen.core.errors import ConfigError, DeepenError
+from deepen.core.method import RecursiveModel
+from deepen.core.types import LossTerm, Progress, StepOutput
+from deepen.data.batches import batch_of, shuffled_batches
+from deepen.train.config import RunConfig
+from deepen.train.loop import NotFinite, make_optimizer, open_trainee, steps, train
+
+DROPPED_IN = Path(__file__).parents[1] / "contract" / "dropped_in"
+ROWS = [[1, 5, 2], [3, 3], [4, 0, 1, 2, 5], [2, 4, 4, 1]]
+
+
+class Bigram(nn.Module, RecursiveModel):
+    """A model of the next token from the last one, with a second loss in another unit and a carry that counts."""
+
+    def __init__(self, vocab_size: int = 6, spoil_step: int | None = None, spoiled: str = "loss") -> None:
+        super().__init__()
+        self.config = None
+        self.table = nn.Parameter(torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(3)))
+        self.spoil_step, self.spoiled = spoil_step, spoiled
+        self.order: list[str] = []
+        self.progress: list[Progress] = []
+        self.carries: list[object] = []
+        self.statistics: list[dict[str, torch.Tensor]] = []
+
+    def begin(self, batch):
+        return 0
+
+    def prepare(self, batch, progress):
+        self.order.append("prepare")
+        return batch
+
+    def count(self, batch):
+        self.order.append("count")
+        return {"token": int((batch.lengths - 1).sum()), "sequence": len(batch.lengths)}
+
+    def train_step(self, batch, carry, progress):
+        self.order.append("train_step")
+        self.progress.append(progress)
+        self.carries.append(carry)
+        log_probs = self.table.log_softmax(dim=-1)[batch.input_ids[:, :-1]]
+        picked = log_probs.gather(2, batch.input_ids[:, 1:, None])[..., 0]
+        real = torch.arange(1, batch.input_ids.shape[1]) < batch.lengths[:, None]
+        first = self.table[batch.input_ids[:, 0]].square().sum()
+        if progress.step == self.spoil_step:
+            # The square root of nothing has a finite value, and no finite slope.
+            first = first * math.nan if self.spoiled == "loss" else first + (self.table * 0).sum().sqrt()
+        losses = {"next": LossTerm(-(picked * real).sum(), "token"), "size": LossTerm(first, "sequence", weight=0.25)}
+        return StepOutput(losses, carry=carry + 1, metrics={"generation/rows": float(len(batch.lengths))})
+
+    def after_step(self, statistics):
+        self.order.append("after_step")
+        self.statistics.append(dict(statistics))
+
+    def optim_groups(self):
+        return [{"params": [self.table], "lr": 0.1, "weight_decay": 0.01}]
+
+
+def plain_loss(table, rows):
+    """The mean over tokens, and the mean over sequences times its weight, token by token."""
+    log_probs = table.log_softmax(dim=-1)
+    pairs = [(before, after) for row in rows for before, after in zip(row, row[1:], strict=False)]
+    next_token = -sum(log_probs[before, after] for before, after in pairs) / len(pairs)
+    size = sum(table[row[0]].square().sum() for row in rows) / len(rows)
+    return next_token, size
+
+
+def run(model, batches, *, num_steps, grad_clip=None):
+    optimizer = make_optimizer(model, nn.Module(), learning_rate=None)
+    return list(steps(model, optimizer, iter(batches), num_steps=num_steps, grad_clip=grad_clip))
+
+
+class TestSteps:
+    @given(
+        st.lists(
+            st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=6), min_size=1, max_size=4),
+            min_size=1,
+            max_size=4,
+        ),
+        st.sampled_from([None, 0.05, 10.0]),
+    )
+    def test_they_are_those_of_a_plain_loop(self, batches, grad_clip):
+        model = Bigram()
+        table = nn.Parameter(model.table.detach().clone())
+        optimizer = torch.optim.AdamW([table], lr=0.1, weight_decay=0.01)
+        reports = run(model, map(batch_of, batches), num_steps=len(batches), grad_clip=grad_clip)
+        for rows, report in zip(batches, reports, strict=True):
+            next_token, size = plain_loss(table, rows)
+            optimizer.zero_grad()
+            (next_token + 0.25 * size).backward()
+            norm = float(table.grad.norm())
+            if grad_clip is not None and norm > grad_clip:
+                table.grad *= grad_clip / norm
+            optimizer.step()
+            torch.testing.assert_close(report.losses["next"], next_token.detach())
+            torch.testing.assert_close(report.losses["size"], size.detach())
+            torch.testing.assert_close(report.total, (next_token + 0.25 * size).detach())
+            assert report.num_tokens == sum(map(len, rows))
+        # AdamW divides by the gradient's size, so a parameter it hardly touches carries rounding on.
+        torch.testing.assert_close(model.table, table, rtol=1e-3, atol=1e-3)
+
+    def test_members_are_called_in_order_and_the_carry_is_handed_on(self):
+        model = Bigram()
+        run(model, [batch_of(ROWS)] * 3, num_steps=3)
+        assert model.order == ["prepare", "count", "train_step", "after_step"] * 3
+        assert model.carries == [0, 1, 2]
+        assert model.progress == [Progress(0, 3), Progress(1, 3), Progress(2, 3)]
+        assert [dict(given) for given in model.statistics] == [{"generation/rows": torch.tensor(4.0)}] * 3
+
+    @pytest.mark.parametrize(
+        ("spoiled", "message"),
+        [
+            ("loss", r'the loss "size" is nan at step 3 of 5; try a lower learning_rate'),
+            ("gradient", r"the gradient's norm is (nan|inf) at step 3 of 5; try a lower learning_rate"),
+        ],
+    )
+    def test_a_step_that_is_not_finite_is_not_made(self, spoiled, message):
+        model, good = Bigram(spoil_step=2, spoiled=spoiled), Bigram()
+        run(good, [batch_of(ROWS)] * 2, num_steps=2)
+        with pytest.raises(NotFinite, match=message):
+            run(model, [batch_of(ROWS)] * 5, num_steps=5)
+        assert torch.equal(model.table, good.table)
+        assert model.order.count("after_step") == 2
+
+    def test_a_unit_that_is_not_counted_is_told(self):
+        model = Bigram()
+        model.count = lambda batch: {"token": 3}
+        with pytest.raises(DeepenError, match=r'the loss "size" is per sequence, but the model\'s count\(\) gives token'):
+            run(model, [batch_of(ROWS)], num_steps=1)
+
+    def test_a_unit_that_a_batch_lacks_adds_nothing(self):
+        model = Bigram()
+        (report,) = run(model, [batch_of([[1], [2]])], num_steps=1)
+        assert float(report.losses["next"]) == 0.0 and float(report.losses["size"]) > 0.0
+
+    def test_a_loss_that_nothing_trainable_moves_is_told(self):
+        model = Bigram()
+        optimizer = make_optimizer(model, nn.Module(), learning_rate=None)
+        model.table.requires_grad_(False)
+        with pytest.raises(DeepenError, match="no loss depends on a trainable parameter"):
+            next(steps(model, optimizer, iter([batch_of(ROWS)]), num_steps=1, grad_clip=None))
+
+
+class Grouped(nn.Module):
+    """A base and three parameters of its own, in whatever groups."""
+
+    def __init__(self, *groups: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base = nn.Linear(2, 2)
+        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.stranger = [nn.Parameter(torch.zeros(5))]
+        self.groups = groups
+
+    def optim_groups(self):
+        known = {**dict(self.named_parameters()), "stranger": self.stranger[0]}
+        return [{"params": (known[name] for name in group), "lr": 0.1 * (1 + i)} for i, group in enumerate(self.groups)]
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize(
+        ("groups", "message"),
+        [
+            ([("a",)], "b is trainable but in no group"),
+            ([("a", "b"), ("a",)], r"a is in groups 0 and 1 of optim_groups\(\)"),
+            ([("a", "b", "b")], r"b is in groups 0 and 0 of optim_groups\(\)"),
+            ([("a", "b", "stranger")], r"group 0 of optim_groups\(\) holds a parameter \[5\] that the model lacks"),
+        ],
+    )
+    def test_wrong_groups_name_the_parameter(self, groups, message):
+        model = Grouped(*groups)
+        with pytest.raises(DeepenError, match=message):
+            make_optimizer(model, model.base, learning_rate=None)
+
+    def test_nothing_to_train_is_told(self):
+        model = Grouped()
+        for parameter in (model.a, model.b):
+            parameter.requires_grad_(False)
+        with pytest.raises(DeepenError, match="there is nothing to train"):
+            make_optimizer(model, model.base, learning_rate=None)
+
+    def test_the_base_is_frozen_but_for_what_a_group_names(self):
+        model = Grouped(("a",), ("b", "base.bias"))
+        make_optimizer(model, model.base, learning_rate=None)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable == {"a", "b", "base.bias"}
+
+    def test_learning_rates_are_the_groups_unless_one_is_given_for_all(self):
+        model = Grouped(("a",), ("b",))
+        own, given = (make_optimizer(model, model.base, learning_rate=rate) for rate in (None, 0.5))
+        assert [group["lr"] for group in own.param_groups] == [0.1, 0.2]
+        assert [group["lr"] for group in given.param_groups] == [0.5, 0.5]
+
+
+@pytest.fixture
+def run_config(tmp_path, monkeypatch) -> RunConfig:
+    monkeypatch.setattr(deepen.methods, "__path__", [*deepen.methods.__path__, str(DROPPED_IN)])
+    lines = [json.dumps({"text": f"Document {n} says that {n} is less than {n + 1}, and much else."}) for n in range(9)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    return RunConfig(
+        model="tiny:llama", method="toy", data=str(tmp_path / "corpus.jsonl"), output_dir=str(tmp_path / "run"),
+        num_steps=3, batch_size=2, max_length=24, log_every=2,
+    )  # fmt: skip
+
+
+def weights(folder):
+    return {name: tensor.detach().clone() for name, tensor in open_model(str(folder)).model.saved_state().items()}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+class TestTrain:
+    def test_a_run_leaves_an_adapter_figures_and_its_configuration(self, run_config):
+        lines = []
+        folder = train(run_config, show=lines.append)
+        assert folder == Path(run_config.output_dir) / "step_3"
+        trained = open_model(str(folder))
+        assert trained.method.name == "toy"
+        assert trained.model.up.weight.any()
+        assert fingerprint(trained.backbone.model) == trained.identity.fingerprint
+        assert RunConfig.from_file(folder.parent / "run.json") == run_config
+        logged = [json.loads(line) for line in (folder.parent / "train.jsonl").read_text().splitlines()]
+        assert [figures["step"] for figures in logged] == [1, 2, 3]
+        assert logged[0].keys() == {
+            "step", "train/loss/total", "train/loss/next_token", "train/learning_rate", "train/recursions",
+            "train/performance/tokens_per_sec",
+        }  # fmt: skip
+        assert logged[0]["train/learning_rate"] == 1e-2 and logged[0]["train/recursions"] == 2.0
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics == {key: logged[-1][key] for key in metrics} and "train/loss/total" in metrics
+        assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+
+    def test_steps_in_between_are_logged_by_their_interval(self, run_config):
+        train(replace(run_config, num_steps=7, log_every=3), show=silent)
+        logged = (Path(run_config.output_dir) / "train.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in logged] == [1, 3, 6, 7]
+
+    def test_the_seed_decides_everything(self, run_config, tmp_path):
+        states = []
+        for name, seed in (("one", 4), ("two", 4), ("three", 5)):
+            torch.manual_seed(len(name))
+            states.append(weights(train(replace(run_config, seed=seed, output_dir=str(tmp_path / name)), show=silent)))
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        assert not torch.equal(states[0]["down.weight"], states[2]["down.weight"])
+
+    def test_it_learns(self, run_config):
+        config = replace(run_config, num_steps=40, batch_size=8, log_every=1)
+        train(config, show=silent)
+        logged = (Path(run_config.output_dir) / "train.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["train/loss/total"] for line in logged]
+        assert losses[-1] < losses[0] - 0.5
+
+    def test_an_adapter_goes_on_from_where_it_was(self, run_config, tmp_path):
+        first = train(run_config, show=silent)
+        later = replace(run_config, model=str(first), method=None, output_dir=str(tmp_path / "later"))
+        trainee = open_trainee(later)
+        assert all(torch.equal(tensor, weights(first)[name]) for name, tensor in trainee.model.saved_state().items())
+        second = train(later, show=silent)
+        assert not torch.equal(weights(second)["up.weight"], weights(first)["up.weight"])
+
+    def test_the_last_good_state_is_kept(self, run_config, tmp_path, monkeypatch):
+        good = train(replace(run_config, num_steps=2, output_dir=str(tmp_path / "good")), show=silent)
+        from deepen.core import registry
+
+        toy = registry.get("toy").load_model_type()
+        original = toy.train_step
+
+        def spoiled(self, batch, carry, progress):
+            output = original(self, batch, carry, progress)
+            if progress.step < 2:
+                return output
+            return replace(output, losses={name: replace(t, total=t.total / 0) for name, t in output.losses.items()})
+
+        monkeypatch.setattr(toy, "train_step", spoiled)
+        message = r'the loss "next_token" is inf at step 3 of 5; .*; the state after step 2 is in .*step_2'
+        with pytest.raises(DeepenError, match=message):
+            train(replace(run_config, num_steps=5), show=silent)
+        kept = weights(Path(run_config.output_dir) / "step_2")
+        assert all(torch.equal(kept[name], tensor) for name, tensor in weights(good).items())
+
+    def test_a_run_that_makes_no_step_leaves_nothing(self, run_config, monkeypatch):
+        from deepen.core import registry
+
+        toy = registry.get("toy").load_model_type()
+
+        def refused(self, batch, carry, progress):
+            raise DeepenError("not part of this version")
+
+        monkeypatch.setattr(toy, "train_step", refused)
+        with pytest.raises(DeepenError, match="not part of this version"):
+            train(run_config, show=silent)
+        assert not Path(run_config.output_dir).exists()
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"method": None}, "tiny:llama is a plain base model: say which method to train on it"),
+            ({"method": "toi"}, 'there is no method "toi"; did you mean "toy"'),
+            ({"config": "smal"}, 'neither a file nor a preset of toy; did you mean "small"'),
+            ({"config": {"widht": 3}}, 'config: unknown key "widht"; did you mean "width"'),
+            ({"config": {"num_recursions": 0}}, "no loss depends on a trainable parameter"),
+            ({"max_length": 513}, "max_length is 513, but the model's context is 512"),
+            ({"data": "no/such.txt"}, 'unknown corpus "no/such.txt"'),
+        ],
+    )
+    def test_what_cannot_be_run_is_told(self, run_config, fields, message):
+        with pytest.raises(DeepenError, match=message):
+            train(replace(run_config, **fields), show=silent)
+
+    def test_an_adapter_with_a_method_is_told(self, run_config, tmp_path):
+        folder = train(run_config, show=silent)
+        with pytest.raises(ConfigError, match="is an adapter of toy: leave out method and config"):
+            train(replace(run_config, model=str(folder), output_dir=str(tmp_path / "later")), show=silent)
+
+    def test_a_corpus_without_training_documents_is_told(self, run_config, tmp_path):
+        (tmp_path / "corpus.jsonl").write_text("\n")
+        with pytest.raises(DeepenError, match="has no training document"):
+            train(run_config, show=silent)
+
+    def test_runs_never_mix(self, run_config):
+        train(run_config, show=silent)
+        with pytest.raises(DeepenError, match="is not an empty folder; choose another"):
+            train(run_config, show=silent)
+
+    @pytest.mark.parametrize(
+        ("config", "width"), [(None, 8), ("small", 8), ({"width": 3}, 3)], ids=["defaults", "preset", "inline"]
+    )
+    def test_the_methods_configuration_may_be_written_in_three_ways(self, run_config, config, width):
+        assert open_trainee(replace(run_config, config=config)).model.config.width == width
+
+
+class TestRunConfig:
+    def test_every_impossible_value_has_its_message(self):
+        config = RunConfig(
+            model="", data="wiki", config="small", num_steps=0, batch_size=0, max_length=1, learning_rate=0.0,
+            grad_clip=-1.0, seed=-1, output_dir="", log_every=0,
+        )  # fmt: skip
+        assert config.validate() == [
+            "model must not be empty",
+            "output_dir must not be empty",
+            "num_steps must be at least 1, not 0",
+            "batch_size must be at least 1, not 0",
+            "max_length must be at least 2, not 1",
+            "log_every must be at least 1, not 0",
+            "learning_rate must be above 0 or null, not 0.0",
+            "grad_clip must be above 0 or null, not -1.0",
+            "seed must be between 0 and 2**63 - 1, not -1",
+            "config is given without method; an adapter folder brings its own configuration",
+        ]
+
+    def test_a_run_needs_a_model_and_data_and_no_more(self):
+        assert RunConfig.from_dict({"model": "tiny:llama", "data": "wiki"}).validate() == []
+        with pytest.raises(ConfigError, match="model is missing"):
+            RunConfig.from_dict({"data": "wiki"})
+
+    def test_inline_configurations_come_back_from_a_file(self, tmp_path):
+        config = RunConfig(model="a", data="b", method="toy", config={"width": 3})
+        config.save(tmp_path / "run.json")
+        assert RunConfig.from_file(tmp_path / "run.json") == config
+
+
+def test_the_order_of_data_is_the_runs_seed():
+    first, second = (
+        [batch.input_ids.tolist() for batch in islice(shuffled_batches(ROWS, batch_size=2, seed=seed), 4)]
+        for seed in (0, 1)
+    )
+    assert first != second
