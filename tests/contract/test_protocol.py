@@ -80,7 +80,8 @@ def unless_refused(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except DeepenError as refusal:
-        assert "this version" in str(refusal)
+        if "this version" not in str(refusal):
+            raise
         return None
 
 

@@ -97,7 +97,7 @@ class TestBatchOf:
 
 
 class TestShuffledBatches:
-    ROWS = [[index, index] for index in range(7)]
+    ROWS = tuple([index, index] for index in range(7))
 
     def first(self, seed, count=7, batch_size=3):
         batches = islice(shuffled_batches(self.ROWS, batch_size=batch_size, seed=seed), count)

@@ -206,13 +206,9 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=f"{folder / MANIFEST}"):
             open_model(str(folder), device="cpu")
 
-    @pytest.mark.parametrize("number", [2, 0, "1", True])
+    @pytest.mark.parametrize("number", [2, 0, "1"])
     def test_another_format(self, folder, number):
         edit_json(folder / MANIFEST, format=number, deepen_version="9.1.0")
-        if number is True:  # JSON's true is Python's 1
-            with pytest.raises(CheckpointError, match="format must be an integer, not true"):
-                open_model(str(folder), device="cpu")
-            return
         with pytest.raises(CheckpointError) as raised:
             open_model(str(folder), device="cpu")
         assert f"has format {number!r}" in str(raised.value) and "(9.1.0)" in str(raised.value)
@@ -220,6 +216,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
+            ({"format": True}, "format must be an integer, not true"),
             ({"base": None}, "base is missing"),
             ({"base": "tiny:llama"}, 'base must be an object, not "tiny:llama"'),
             ({"tokeniser": "x"}, 'unknown key "tokeniser"; did you mean "tokenizer"'),
@@ -335,7 +332,7 @@ class TestAnyMethod:
 from deepen.core.registry import Method
 METHOD = Method("shift", "Adds one number.", config="model:ShiftConfig", model="model:ShiftModel")
 """
-    MODEL = '''
+    MODEL = """
 from dataclasses import dataclass
 
 import torch
@@ -372,7 +369,7 @@ class ShiftModel(nn.Module):
 
     begin = prepare = count = train_step = after_step = score = optim_groups = shard_units = flops = unused
     state_bytes = unused
-'''
+"""
 
     @pytest.fixture
     def shift(self, tmp_path, monkeypatch):

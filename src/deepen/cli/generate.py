@@ -231,9 +231,7 @@ def _stream(
     return result, _Timing((ended if first is None else first) - began, ended - began)
 
 
-def _statistics(
-    ids: Sequence[int], chat: bool, result: "RowResult", timing: _Timing, stop: "StopConfig"
-) -> list[str]:
+def _statistics(ids: Sequence[int], chat: bool, result: "RowResult", timing: _Timing, stop: "StopConfig") -> list[str]:
     lines = [f"prompt: {len(ids)} tokens ({'as a chat message' if chat else 'as it stands'})"]
     if not stop.max_new_tokens:
         return [*lines, "new: 0 tokens, because max_new_tokens is 0"]

@@ -36,9 +36,7 @@ def training_rows(texts: Iterable[str], tokenizer: Encoder, *, max_length: int) 
     return [row for row in rows if len(row) > 1]
 
 
-def document_rows(
-    texts: Iterable[str], tokenizer: Encoder, *, max_length: int, max_tokens: int
-) -> Iterator[list[int]]:
+def document_rows(texts: Iterable[str], tokenizer: Encoder, *, max_length: int, max_tokens: int) -> Iterator[list[int]]:
     """The first `max_length` tokens of each document, until there are `max_tokens`; the last row is cut to fit."""
     num_left = max_tokens
     for text in texts:

@@ -1,5 +1,6 @@
 """Whether two decodings say the same, and if not, whether rounding alone may have decided."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ NEAR_TIE_MARGIN = 1e-4
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two rows of ids compared. `position` is where they first differ, `margin` how clear the base's choice is there.
+    """Two rows of ids compared. `position` is where they first differ; None for equal rows.
 
-    Both are None for equal rows.
+    `margin` is by how much the base's logits there would have to change for both tokens to be its choice, which they
+    are if rounding alone decided; None for equal rows, infinite where one row has ended.
     """
 
     position: int | None = None
@@ -42,18 +44,20 @@ class Agreement:
 
 @torch.no_grad()
 def compare(backbone: Backbone, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> Agreement:
-    """Compare two greedy continuations of `prompt`; at the first difference ask the base how clear its choice was."""
+    """Compare two greedy continuations of `prompt`; at the first difference ask the base what it makes of the two."""
     longest = max(len(ours), len(theirs))
     position = next((i for i in range(longest) if list(ours[i : i + 1]) != list(theirs[i : i + 1])), None)
     if position is None:
         return Agreement()
+    if position in (len(ours), len(theirs)):
+        return Agreement(position, math.inf)
     history = [*prompt, *ours[:position]]
     cache = backbone.new_cache(batch_size=1, capacity=len(history))
     read(backbone, cache, [history[:-1]])
     logits = backbone.run(torch.tensor([history[-1:]], device=backbone.device), cache)[0]
-    sampler = BatchSampler([SamplingConfig()])
-    chosen = sampler.choose(0, logits, history, [])
-    return Agreement(position, sampler.margins(0, logits, history, [], chosen)[0])
+    sampler = BatchSampler([sampling])
+    margins = [sampler.margins(0, logits, history, [], [token])[0] for token in (ours[position], theirs[position])]
+    return Agreement(position, max(map(abs, margins)))
 
 
 @torch.no_grad()

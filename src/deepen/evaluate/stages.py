@@ -57,11 +57,9 @@ class StageConfig(Config):
             )
         elif self.stage not in STAGES:
             problems.append(f'unknown stage "{self.stage}"{did_you_mean(self.stage, STAGES)}')
-        for name in ("max_tokens", "max_length"):
-            if getattr(self, name) <= FIRST_SCORED:
-                problems.append(
-                    f"{name} must be above {FIRST_SCORED}, where scoring starts in a document, not {getattr(self, name)}"
-                )
+        for name, value in (("max_tokens", self.max_tokens), ("max_length", self.max_length)):
+            if value <= FIRST_SCORED:
+                problems.append(f"{name} must be above {FIRST_SCORED}, where scoring starts, not {value}")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
         return problems
@@ -72,8 +70,9 @@ def run_stage(
 ) -> tuple[dict[str, Any], Path]:
     """The results of one stage and the file they are in, `{output_dir}/{stage}_results.json`.
 
-    `advance` is called with the tokens of each document that is done. Raises `DeepenError` for what can't be measured: an adapter's stage asked of a plain base, a corpus without
-    documents in the split, a scorer that sees the future.
+    `advance` is called with the number of tokens of each document that is done. Raises `DeepenError` for what can't be
+    measured: an adapter's stage asked of a plain base, a corpus without documents in the split, a scorer that sees
+    the future.
     """
     config.check()
     opened = open_model(config.model)

@@ -114,7 +114,7 @@ def steps(
         where = f"at step {index + 1} of {num_steps}"
         _require_finite({**losses, "total": total}, where)
         if not total.requires_grad:
-            raise DeepenError("no loss depends on a trainable parameter: is recursion switched off in the method's config?")
+            raise DeepenError("no loss depends on a trainable parameter; does the method's config switch it off?")
         optimizer.zero_grad()
         total.backward()
         _clip(optimizer, grad_clip, where)

