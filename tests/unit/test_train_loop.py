@@ -15,6 +15,7 @@ from torch import nn
 import deepen.methods
 from deepen.backbones.identity import fingerprint
 from deepen.checkpoint import open_model
+from deepen.cli import train as cli_train
 from deepen.core.errors import ConfigError, DeepenError
 from deepen.core.method import RecursiveModel
 from deepen.core.types import LossTerm, Progress, StepOutput
@@ -375,6 +376,28 @@ class TestRunConfig:
         config = RunConfig(model="a", data="b", method="toy", config={"width": 3})
         config.save(tmp_path / "run.json")
         assert RunConfig.from_file(tmp_path / "run.json") == config
+
+
+class TestCommand:
+    def test_flags_go_over_the_file(self, run_config, tmp_path, capsys):
+        run_config.save(tmp_path / "run.json")
+        command = cli_train.Options(run=str(tmp_path / "run.json"), num_steps=1, learning_rate=0.5)
+        assert cli_train.run(command) == 0
+        resolved = RunConfig.from_file(Path(run_config.output_dir) / "run.json")
+        assert resolved == replace(run_config, num_steps=1, learning_rate=0.5)
+        printed = capsys.readouterr().out
+        assert json.loads(printed[: printed.index("step 1/1")]) == resolved.to_dict()
+        assert printed.rstrip().endswith(f"trained adapter: {Path(run_config.output_dir) / 'step_1'}")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [("[]", "must hold one JSON object"), ("{", "line 1"), ('{"modle": "a"}', 'unknown key "modle"; did you mean')],
+    )
+    def test_a_file_that_is_no_run_is_told(self, tmp_path, content, message):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ConfigError, match=message) as refusal:
+            cli_train.run(cli_train.Options(run=str(tmp_path / "run.json"), num_steps=1))
+        assert str(tmp_path / "run.json") in str(refusal.value)
 
 
 def test_the_order_of_data_is_the_runs_seed():

@@ -44,7 +44,7 @@ def run(options: Options) -> int:
     """Measure, write and print."""
     from deepen.evaluate.stages import StageConfig, run_stage
 
-    config = StageConfig.from_dict(asdict(options), source="deepen evaluate")
+    config = StageConfig.from_dict(asdict(options), source="options")
     with progress("scoring tokens", total=config.max_tokens) as advance:
         results, path = run_stage(config, advance=advance)
     print_facts(_facts(results["figures"]), title=f"{config.model}, {config.stage}")

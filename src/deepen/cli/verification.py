@@ -10,13 +10,13 @@ from deepen.backbones.hf import Backbone
 from deepen.cli.output import progress
 from deepen.core.errors import CannotScore
 from deepen.core.method import Decoder, RecursiveModel
-from deepen.core.types import Batch, Prompt
+from deepen.core.types import Batch
+from deepen.evaluate.agreement import NEAR_TIE_MARGIN, compare
 from deepen.generate.events import Committed
 from deepen.generate.loop import stream
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.scoring import score_at_once
 from deepen.generate.stop import StopConfig
-from deepen.generate.verify import open_decoding
 
 # It repeats itself, so that drafts copied from it are accepted in part and rejected in part.
 PROMPT = (
@@ -28,16 +28,19 @@ NUM_TOKENS = 48
 SCORE_TOLERANCE = 1e-6
 """Nats a token, in float32 and above; in a coarser dtype its own rounding step."""
 
-NEAR_TIE = 1e-4
-"""Two tokens whose logits differ by less are tied: kernels for passes of different widths round differently."""
-NEAR_TIE_RECURRENT = 1e-3
+NEAR_TIE_MARGIN_RECURRENT = 1e-3
+"""The margin below which two tokens are tied in a model with recurrent layers, whose kernels round more coarsely."""
+
+# Logits reach some tens, and it is at that size that a dtype coarser than float32 rounds them.
+_LARGEST_LOGIT = 64
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the comparison found. `agreed` of `num_tokens` greedy tokens are equal before the first that differs.
 
-    `margin` is the gap between the logits of the two tokens there, None if there is none. `score_difference` is in
+    `margin` is how nearly the base would have chosen the other token there; None where all are equal, and at most
+    `near_tie` where rounding may have decided. `score_difference` is in
     nats a token over `num_scored` tokens, None (with `unscored`, the reason) for a model that can't score.
     """
 
@@ -79,27 +82,20 @@ def verify_identity(backbone: Backbone, model: RecursiveModel, tokenizer: Any) -
     with progress("verifying", total=2 * NUM_TOKENS) as advance:
         theirs = _continue(PlainDecoder(backbone), prompt, advance)
         ours = _continue(model, prompt, advance)
-    agreed = next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1), NUM_TOKENS)
-    margin = None
-    if agreed < NUM_TOKENS:
-        margin = _gap(backbone, [*prompt, *theirs[:agreed]], ours[agreed], theirs[agreed])
+    agreement = compare(backbone, prompt, ours, theirs)
     difference, unscored = _score_difference(backbone, model, [*prompt, *theirs])
     recurrent = bool(backbone.new_cache(batch_size=1, capacity=1).recurrent_layers)
     step = torch.finfo(backbone.dtype).eps
     return Verdict(
         num_tokens=NUM_TOKENS,
-        agreed=agreed,
-        margin=margin,
-        near_tie=max(NEAR_TIE_RECURRENT if recurrent else NEAR_TIE, _LOGIT_SCALE * step),
+        agreed=NUM_TOKENS if agreement.position is None else agreement.position,
+        margin=agreement.margin,
+        near_tie=max(NEAR_TIE_MARGIN_RECURRENT if recurrent else NEAR_TIE_MARGIN, _LARGEST_LOGIT * step),
         score_difference=difference,
         num_scored=len(prompt) + NUM_TOKENS - 1,
         tolerance=max(SCORE_TOLERANCE, step),
         unscored=unscored,
     )
-
-
-# Logits reach some tens, and it is at that size that a dtype rounds them.
-_LOGIT_SCALE = 64
 
 
 def _continue(decoder: Decoder, prompt: Sequence[int], advance: Any) -> list[int]:
@@ -109,15 +105,6 @@ def _continue(decoder: Decoder, prompt: Sequence[int], advance: Any) -> list[int
             tokens += event.tokens
             advance(len(event.tokens))
     return tokens
-
-
-@torch.no_grad()
-def _gap(backbone: Backbone, prefix: Sequence[int], first: int, second: int) -> float:
-    """By how much the base's logits of two tokens differ after `prefix`."""
-    decoding = open_decoding(backbone, Prompt((tuple(prefix),), 1))
-    last = torch.tensor([prefix[-1:]], device=backbone.device)
-    logits = backbone.run(last, decoding.cache)[0, -1].double()
-    return abs(float(logits[first] - logits[second]))
 
 
 @torch.no_grad()

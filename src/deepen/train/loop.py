@@ -105,21 +105,14 @@ def steps(
         batch = next(batches)
         if index == 0:
             carry = model.begin(batch)
-        progress = Progress(index, num_steps)
+        progress, where = Progress(index, num_steps), f"at step {index + 1} of {num_steps}"
         prepared = model.prepare(batch, progress)
         counts = model.count(prepared)
         output = model.train_step(prepared, carry, progress)
         losses = {name: _mean(name, term, counts) for name, term in output.losses.items()}
         total = torch.stack([output.losses[name].weight * loss for name, loss in losses.items()]).sum()
-        where = f"at step {index + 1} of {num_steps}"
         _require_finite({**losses, "total": total}, where)
-        if not total.requires_grad:
-            raise DeepenError("no loss depends on a trainable parameter; does the method's config switch it off?")
-        optimizer.zero_grad()
-        total.backward()
-        _clip(optimizer, grad_clip, where)
-        learning_rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
+        _move(optimizer, total, grad_clip, where)
         # One process and one batch a step: its figures are the step's sums.
         model.after_step({name: torch.tensor(value) for name, value in output.metrics.items()})
         carry = output.carry
@@ -127,7 +120,7 @@ def steps(
             step=index + 1,
             losses={name: loss.detach() for name, loss in losses.items()},
             total=total.detach(),
-            learning_rate=learning_rate,
+            learning_rate=optimizer.param_groups[0]["lr"],
             num_tokens=int(batch.lengths.sum()),
             metrics=output.metrics,
         )
@@ -210,11 +203,17 @@ def _require_finite(losses: Mapping[str, Tensor], where: str) -> None:
     raise NotFinite(f'the loss "{name}" is {value} {where}; try a lower learning_rate or grad_clip')
 
 
-def _clip(optimizer: torch.optim.Optimizer, longest: float | None, where: str) -> None:
+def _move(optimizer: torch.optim.Optimizer, total: Tensor, grad_clip: float | None, where: str) -> None:
+    """Take one step down the gradient of `total`, unless that is not finite."""
+    if not total.requires_grad:
+        raise DeepenError("no loss depends on a trainable parameter; does the method's config switch it off?")
+    optimizer.zero_grad()
+    total.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if longest is None else longest)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if grad_clip is None else grad_clip)
     if not norm.isfinite():
         raise NotFinite(f"the gradient's norm is {norm.item()} {where}; try a lower learning_rate or grad_clip")
+    optimizer.step()
 
 
 def _check_groups(groups: list[dict[str, Any]], model: nn.Module, base: nn.Module) -> None:

@@ -21,7 +21,8 @@ from deepen.core.method import Sampler
 from deepen.core.types import Advance, Batch, LossTerm, Progress, Prompt, Score, Spent, StepOutput, Unit
 from deepen.generate.drafts import NO_DRAFT
 from deepen.generate.verify import Decoding, judge, open_decoding, pad_rows
-from deepen.methods.toy.config import ToyConfig
+
+from .config import ToyConfig
 
 LEARNING_RATE = 1e-2
 

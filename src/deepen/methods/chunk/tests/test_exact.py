@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from effort import share_of_profile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,6 +106,7 @@ def test_any_sidecar_any_draft_gives_the_plain_output(
         assert all(count <= chunk_width for count in result.commits)
 
 
+@share_of_profile(4, least=15)
 @given(name=st.sampled_from(BASES), draft=st.sampled_from(DRAFTS), chunk_width=st.integers(1, 64), row=prompts)
 def test_in_float64_too(name: str, draft: str, chunk_width: int, row: list[int]) -> None:
     base = Backbone.attach(_double(name))
@@ -118,6 +120,7 @@ def _double(name: str) -> torch.nn.Module:
     return tiny.build(name, dtype=torch.float64)
 
 
+@share_of_profile(10, least=8)
 @given(
     name=st.sampled_from(BASES),
     rows=st.lists(st.one_of(prompts, loops), min_size=2, max_size=4),
@@ -138,6 +141,7 @@ def test_a_row_depends_on_neither_batch_mates_nor_order(
         assert alone.tokens == together[index].tokens == reordered[place].tokens
 
 
+@share_of_profile(4, least=15)
 @given(name=st.sampled_from(BASES), row=st.one_of(prompts, loops), draft=st.sampled_from(DRAFTS))
 def test_after_every_commit_the_cache_equals_a_fresh_prefill(name: str, row: list[int], draft: str) -> None:
     model, base = wrapper(name, noise=True, draft=draft, chunk_width=8), backbone(name)
