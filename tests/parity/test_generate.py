@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import share_of_profile
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -104,7 +105,7 @@ def assert_same(
     limit = NEAR_TIE_RECURRENT if name == "kimi_linear" else NEAR_TIE_MARGIN
     for row, our_tokens, their_tokens in zip(rows, ours, theirs, strict=True):
         verdict = compare(
-            backbone(name, packed=False), row, our_tokens, their_tokens, sampling=sampling or SamplingConfig()
+            backbone(name, packed=False), row, our_tokens, their_tokens, sampling=sampling
         )
         assert verdict.equal or verdict.margin < limit, f"{verdict}: {our_tokens} against {their_tokens}"
 
@@ -117,7 +118,7 @@ def test_greedy(name: str, packed: bool) -> None:
     assert len(set(theirs[0])) > NUM_NEW // 4  # a text that repeats one token would prove little
 
 
-@settings(max_examples=10)
+@share_of_profile(3, least=8)
 @given(name=st.sampled_from(ALL), packed=st.booleans(), row=st.one_of(prompts, loops))
 def test_any_prompt(name: str, packed: bool, row: list[int]) -> None:
     ours = plain(name, packed, [row], max_new_tokens=12)
@@ -198,7 +199,7 @@ def test_exact_chunks_against_their_prompt_lookup(name: str, packed: bool) -> No
         assert_same(name, [row], decode(model, [row]), generate(name, [row], prompt_lookup_num_tokens=7))
 
 
-@settings(max_examples=10)
+@share_of_profile(3, least=8)
 @given(name=st.sampled_from(ATTENTION_ONLY), packed=st.booleans(), row=loops, penalty=st.sampled_from([1.0, 1.2]))
 def test_exact_chunks_on_any_loop(name: str, packed: bool, row: list[int], penalty: float) -> None:
     sampling = SamplingConfig(repetition_penalty=penalty)

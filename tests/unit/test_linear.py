@@ -108,3 +108,11 @@ def test_subclasses_keep_their_own_forward() -> None:
 
     layer = Doubling(4, 4)
     assert pack_linears(nn.Sequential(layer)).linears == ()
+
+
+def test_a_second_packing_leaves_the_first_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    first = pack_linears(model)
+    assert pack_linears(model).linears == ()
+    first.remove()
+    assert len(pack_linears(model).linears) == 1

@@ -40,8 +40,8 @@ class Verdict:
     """What the comparison found. `agreed` of `num_tokens` greedy tokens are equal before the first that differs.
 
     `margin` is how nearly the base would have chosen the other token there; None where all are equal, and at most
-    `near_tie` where rounding may have decided. `score_difference` is in
-    nats a token over `num_scored` tokens, None (with `unscored`, the reason) for a model that can't score.
+    `near_tie` where rounding may have decided. `score_difference` is in nats a token over `num_scored` tokens, None
+    (with `unscored`, the reason) for a model that can't score.
     """
 
     num_tokens: int

@@ -43,8 +43,18 @@ class Agreement:
 
 
 @torch.no_grad()
-def compare(backbone: Backbone, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> Agreement:
-    """Compare two greedy continuations of `prompt`; at the first difference ask the base what it makes of the two."""
+def compare(
+    backbone: Backbone,
+    prompt: Sequence[int],
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    *,
+    sampling: SamplingConfig | None = None,
+) -> Agreement:
+    """Compare two continuations of `prompt`; at the first difference ask the base what it makes of the two.
+
+    `sampling` is the configuration of both; None is greedy.
+    """
     longest = max(len(ours), len(theirs))
     position = next((i for i in range(longest) if list(ours[i : i + 1]) != list(theirs[i : i + 1])), None)
     if position is None:
@@ -55,7 +65,7 @@ def compare(backbone: Backbone, prompt: Sequence[int], ours: Sequence[int], thei
     cache = backbone.new_cache(batch_size=1, capacity=len(history))
     read(backbone, cache, [history[:-1]])
     logits = backbone.run(torch.tensor([history[-1:]], device=backbone.device), cache)[0]
-    sampler = BatchSampler([sampling])
+    sampler = BatchSampler([sampling if sampling is not None else SamplingConfig()])
     margins = [sampler.margins(0, logits, history, [], [token])[0] for token in (ours[position], theirs[position])]
     return Agreement(position, max(map(abs, margins)))
 

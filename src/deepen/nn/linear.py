@@ -77,9 +77,13 @@ class Packing:
 def pack_linears(module: nn.Module) -> Packing:
     """Pack every plain `nn.Linear` below `module` that can be packed, and leave the others as they are.
 
+    A layer that is packed already stays with whoever packed it.
+
     The packed copies cost as much memory again as the weights. State dicts, names and parameters do not change.
     """
-    linears = tuple(m for m in module.modules() if type(m) is nn.Linear and can_pack(m.weight))
+    linears = tuple(
+        m for m in module.modules() if type(m) is nn.Linear and can_pack(m.weight) and "forward" not in vars(m)
+    )
     for linear in linears:
         # On the instance, so that neither the class nor the module tree changes.
         linear.forward = PackedForward(linear)  # type: ignore[method-assign]
