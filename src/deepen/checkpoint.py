@@ -72,10 +72,9 @@ class Opened:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end a text of this model: those it generates with, else the tokenizer's."""
-        ids = self.backbone.model.generation_config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+        if self.backbone.eos_ids or self.tokenizer.eos_token_id is None:
+            return self.backbone.eos_ids
+        return (self.tokenizer.eos_token_id,)
 
 
 def is_adapter(address: str | Path) -> bool:

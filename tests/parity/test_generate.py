@@ -5,6 +5,7 @@ is the only excuse.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -22,7 +23,7 @@ from deepen.data.tokenizer import EOS_ID, PAD_ID, byte_tokenizer
 from deepen.evaluate.agreement import NEAR_TIE_MARGIN, compare
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
-from deepen.generate.sampling import SamplingConfig
+from deepen.generate.sampling import BatchSampler, SamplingConfig
 from deepen.generate.stop import StopConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper
 
@@ -35,12 +36,8 @@ NUM_NEW = 32
 # Its chunked and its one-token kernel sum a state in different orders.
 NEAR_TIE_RECURRENT = 1e-3
 
-decodings = pytest.mark.parametrize(
-    ("name", "packed"), [(name, packed) for name in ALL for packed in (False, True)], ids=str
-)
-attention_decodings = pytest.mark.parametrize(
-    ("name", "packed"), [(name, packed) for name in ATTENTION_ONLY for packed in (False, True)], ids=str
-)
+every_model = pytest.mark.parametrize("name", ALL)
+every_attention_model = pytest.mark.parametrize("name", ATTENTION_ONLY)
 prompts = st.lists(st.integers(0, 255), min_size=1, max_size=24)
 loops = st.builds(lambda unit, times: unit * times, st.lists(st.integers(0, 255), min_size=1, max_size=6), st.just(4))
 
@@ -59,7 +56,9 @@ def backbone(name: str, *, packed: bool) -> Backbone:
     return attached
 
 
-def generate(name: str, rows: Sequence[list[int]], *, eos: Sequence[int] = (EOS_ID,), **options: Any) -> list[list[int]]:
+def generate(
+    name: str, rows: Sequence[list[int]], *, eos: Sequence[int] = (EOS_ID,), **options: Any
+) -> list[list[int]]:
     """New tokens of each row by transformers, up to its end; rows are padded on the left."""
     width = max(map(len, rows))
     padded = torch.tensor([[PAD_ID] * (width - len(row)) + row for row in rows])
@@ -90,8 +89,33 @@ def decode(
     return [result.tokens for result in results]
 
 
-def plain(name: str, packed: bool, rows: Sequence[list[int]], **options: Any) -> list[list[int]]:
-    return decode(PlainDecoder(backbone(name, packed=packed)), rows, **options)
+def assert_plain_gives(
+    name: str,
+    rows: Sequence[list[int]],
+    theirs: Sequence[list[int]],
+    *,
+    sampling: SamplingConfig | None = None,
+    **stop: Any,
+) -> None:
+    for packed in (False, True):
+        decoder = PlainDecoder(backbone(name, packed=packed))
+        assert_same(name, rows, decode(decoder, rows, sampling=sampling, **stop), theirs, sampling)
+
+
+def assert_chunks_give(
+    name: str,
+    rows: Sequence[list[int]],
+    theirs: Sequence[list[int]],
+    *,
+    draft: str = "lookup",
+    sampling: SamplingConfig | None = None,
+    **stop: Any,
+) -> None:
+    for packed in (False, True):
+        model = ChunkRefineWrapper(
+            backbone(name, packed=packed).model, recursive_enabled=True, draft=draft, chunk_width=8, d_state=8
+        )
+        assert_same(name, rows, decode(model, rows, sampling=sampling, **stop), theirs, sampling)
 
 
 def assert_same(
@@ -99,113 +123,98 @@ def assert_same(
     rows: Sequence[list[int]],
     ours: Sequence[list[int]],
     theirs: Sequence[list[int]],
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | None,
 ) -> None:
     """Equal, or parted by a near-tie of the unpacked base."""
     limit = NEAR_TIE_RECURRENT if name == "kimi_linear" else NEAR_TIE_MARGIN
     for row, our_tokens, their_tokens in zip(rows, ours, theirs, strict=True):
-        verdict = compare(
-            backbone(name, packed=False), row, our_tokens, their_tokens, sampling=sampling
-        )
+        verdict = compare(backbone(name, packed=False), row, our_tokens, their_tokens, sampling=sampling)
         assert verdict.equal or verdict.margin < limit, f"{verdict}: {our_tokens} against {their_tokens}"
 
 
-@decodings
-def test_greedy(name: str, packed: bool) -> None:
+@every_model
+def test_greedy(name: str) -> None:
     theirs = generate(name, [PROMPT])
-    ours = plain(name, packed, [PROMPT])
-    assert_same(name, [PROMPT], ours, theirs)
     assert len(set(theirs[0])) > NUM_NEW // 4  # a text that repeats one token would prove little
+    assert_plain_gives(name, [PROMPT], theirs)
 
 
 @share_of_profile(3, least=8)
-@given(name=st.sampled_from(ALL), packed=st.booleans(), row=st.one_of(prompts, loops))
-def test_any_prompt(name: str, packed: bool, row: list[int]) -> None:
-    ours = plain(name, packed, [row], max_new_tokens=12)
-    assert_same(name, [row], ours, generate(name, [row], max_new_tokens=12))
+@given(name=st.sampled_from(ALL), row=st.one_of(prompts, loops))
+def test_any_prompt(name: str, row: list[int]) -> None:
+    assert_plain_gives(name, [row], generate(name, [row], max_new_tokens=12), max_new_tokens=12)
 
 
-@decodings
+@every_model
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
-def test_repetition_penalty(name: str, packed: bool, penalty: float) -> None:
+def test_repetition_penalty(name: str, penalty: float) -> None:
     theirs = generate(name, [LOOP], repetition_penalty=penalty)
     assert theirs != generate(name, [LOOP])
-    sampling = SamplingConfig(repetition_penalty=penalty)
-    assert_same(name, [LOOP], plain(name, packed, [LOOP], sampling=sampling), theirs, sampling)
+    assert_plain_gives(name, [LOOP], theirs, sampling=SamplingConfig(repetition_penalty=penalty))
 
 
-@decodings
-def test_ends_at_any_of_several_ids(name: str, packed: bool) -> None:
+@every_model
+def test_ends_at_any_of_several_ids(name: str) -> None:
     tokens = generate(name, [PROMPT])[0]
     late = [token for index, token in enumerate(tokens) if index >= 8 and token not in tokens[:index]]
     eos = (late[1], late[0])
     theirs = generate(name, [PROMPT], eos=eos)
     assert theirs[0][-1] == late[0] and 8 < len(theirs[0]) < NUM_NEW
-    assert_same(name, [PROMPT], plain(name, packed, [PROMPT], eos_ids=eos), theirs)
+    assert_plain_gives(name, [PROMPT], theirs, eos_ids=eos)
 
 
-@decodings
-def test_ends_with_a_stop_string(name: str, packed: bool) -> None:
-    text = generate(name, [PROMPT])[0]
-    pairs = [bytes(pair).decode() for pair in pairwise(text) if all(32 < token < 127 for token in pair)]
+@every_model
+def test_ends_with_a_stop_string(name: str) -> None:
+    tokens = generate(name, [PROMPT])[0]
+    pairs = [bytes(pair).decode() for pair in pairwise(tokens) if all(32 < token < 127 for token in pair)]
     stop_strings = (pairs[-1], "not in the text")
     theirs = generate(name, [PROMPT], stop_strings=list(stop_strings), tokenizer=TOKENIZER)
     assert bytes(theirs[0][-2:]).decode() == pairs[-1]
-    assert_same(name, [PROMPT], plain(name, packed, [PROMPT], stop_strings=stop_strings), theirs)
+    assert_plain_gives(name, [PROMPT], theirs, stop_strings=stop_strings)
 
 
-@decodings
-def test_two_prompts_of_one_length(name: str, packed: bool) -> None:
+@every_model
+def test_two_prompts_of_one_length(name: str) -> None:
     rows = [PROMPT, PROMPT[::-1]]
-    first_ends = (generate(name, rows)[0][5],)
-    theirs = generate(name, rows, eos=first_ends)
-    assert len(theirs[0]) < len(theirs[1])
-    assert_same(name, rows, plain(name, packed, rows, eos_ids=first_ends), theirs)
+    first, second = generate(name, rows)
+    eos = (next(token for token in first[5:] if token not in second),)
+    theirs = generate(name, rows, eos=eos)
+    assert len(theirs[0]) < len(theirs[1]) == NUM_NEW
+    assert_plain_gives(name, rows, theirs, eos_ids=eos)
 
 
-@attention_decodings
-def test_prompts_of_different_lengths(name: str, packed: bool) -> None:
+@every_attention_model
+def test_prompts_of_different_lengths(name: str) -> None:
     rows = [PROMPT[:9], LOOP, PROMPT[-1:], PROMPT]
-    assert_same(name, rows, plain(name, packed, rows), generate(name, rows))
+    theirs = generate(name, rows)
+    assert_plain_gives(name, rows, theirs)
+    assert_chunks_give(name, rows, theirs)
 
 
-def exact(name: str, packed: bool, draft: str) -> ChunkRefineWrapper:
-    return ChunkRefineWrapper(
-        backbone(name, packed=packed).model, recursive_enabled=True, draft=draft, chunk_width=8, d_state=8
-    )
-
-
-@attention_decodings
-@pytest.mark.parametrize("draft", ["lookup", "mask"])
-def test_exact_chunks(name: str, packed: bool, draft: str) -> None:
-    model = exact(name, packed, draft)
+@every_attention_model
+@pytest.mark.parametrize("draft", ["lookup", "mask", "auto"])
+def test_exact_chunks(name: str, draft: str) -> None:
     for row in (PROMPT, LOOP):
-        assert_same(name, [row], decode(model, [row]), generate(name, [row]))
-    rows = [PROMPT, LOOP]
-    assert_same(name, rows, decode(model, rows), generate(name, rows))
+        assert_chunks_give(name, [row], generate(name, [row]), draft=draft)
 
 
-@attention_decodings
-def test_exact_chunks_end_where_theirs_do(name: str, packed: bool) -> None:
+@every_attention_model
+def test_exact_chunks_end_where_theirs_do(name: str) -> None:
     eos = (generate(name, [LOOP])[0][9],)
-    ours = decode(exact(name, packed, "lookup"), [LOOP], eos_ids=eos)
-    assert_same(name, [LOOP], ours, generate(name, [LOOP], eos=eos))
+    assert_chunks_give(name, [LOOP], generate(name, [LOOP], eos=eos), eos_ids=eos)
 
 
-@attention_decodings
-def test_exact_chunks_against_their_prompt_lookup(name: str, packed: bool) -> None:
-    model = exact(name, packed, "lookup")
+@every_attention_model
+def test_exact_chunks_against_their_prompt_lookup(name: str) -> None:
     for row in (PROMPT, LOOP):
-        assert_same(name, [row], decode(model, [row]), generate(name, [row], prompt_lookup_num_tokens=7))
+        assert_chunks_give(name, [row], generate(name, [row], prompt_lookup_num_tokens=7))
 
 
 @share_of_profile(3, least=8)
-@given(name=st.sampled_from(ATTENTION_ONLY), packed=st.booleans(), row=loops, penalty=st.sampled_from([1.0, 1.2]))
-def test_exact_chunks_on_any_loop(name: str, packed: bool, row: list[int], penalty: float) -> None:
-    sampling = SamplingConfig(repetition_penalty=penalty)
-    ours = decode(exact(name, packed, "lookup"), [row], sampling=sampling, max_new_tokens=12)
+@given(name=st.sampled_from(ATTENTION_ONLY), row=loops, penalty=st.sampled_from([1.0, 1.2]))
+def test_exact_chunks_on_any_loop(name: str, row: list[int], penalty: float) -> None:
     theirs = generate(name, [row], repetition_penalty=penalty, max_new_tokens=12)
-    assert_same(name, [row], ours, theirs, sampling)
+    assert_chunks_give(name, [row], theirs, sampling=SamplingConfig(repetition_penalty=penalty), max_new_tokens=12)
 
 
 SAMPLINGS = [
@@ -215,42 +224,50 @@ SAMPLINGS = [
     SamplingConfig(temperature=1.2, min_p=0.03),
     SamplingConfig(temperature=1.5, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
 ]
-NUM_DRAWS = 4000
+NUM_DRAWS = 2000
 LEAST_EXPECTED = 5.0
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_sampled_tokens_are_distributed_as_theirs(sampling: SamplingConfig) -> None:
-    """Pearson's chi-square over the tokens expected often enough; rarer ones count as one."""
-    filters = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p or None}
-    scores = (
-        reference("llama")
-        .generate(
-            torch.tensor([PROMPT]),
-            attention_mask=torch.ones(1, len(PROMPT)),
-            do_sample=True,
-            temperature=sampling.temperature,
-            repetition_penalty=sampling.repetition_penalty,
-            max_new_tokens=1,
-            pad_token_id=PAD_ID,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **filters,
-        )
-        .scores[0][0]
-    )
-    expected = NUM_DRAWS * scores.double().softmax(dim=0)
-
-    drawn = decode(PlainDecoder(backbone("llama", packed=True)), [PROMPT] * NUM_DRAWS, sampling=sampling, max_new_tokens=1)
-    counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected)).double()
+    """Pearson's chi-square over the tokens expected often enough; the rarer ones count as one."""
+    expected = NUM_DRAWS * their_scores(sampling).double().softmax(dim=0)
+    counts = torch.bincount(torch.tensor(our_draws(sampling)), minlength=len(expected)).double()
 
     assert counts[expected == 0].sum() == 0
     common = expected >= LEAST_EXPECTED
     counts = torch.cat([counts[common], counts[~common].sum()[None]])
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    statistic = ((counts - expected).square() / expected).sum()
-    freedom = torch.tensor(len(expected) - 1.0, dtype=torch.float64)
-    probability = torch.special.gammaincc(freedom / 2, statistic / 2)
+    statistic = ((counts - expected).square() / expected)[expected > 0].sum()
+    freedom = (expected > 0).sum() - 1.0
     assert freedom >= 3
-    assert probability > 0.01
+    assert torch.special.gammaincc(freedom / 2, statistic.float() / 2) > 0.01
+
+
+def their_scores(sampling: SamplingConfig) -> torch.Tensor:
+    """The scores `[V]` of the token behind PROMPT that transformers draws from: processed and filtered."""
+    prompt = torch.tensor([PROMPT])
+    output = reference("llama").generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=1,
+        pad_token_id=PAD_ID,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p or None,
+        repetition_penalty=sampling.repetition_penalty,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return output.scores[0][0]
+
+
+def our_draws(sampling: SamplingConfig) -> list[int]:
+    """The token behind PROMPT under each of the first NUM_DRAWS seeds."""
+    base = backbone("llama", packed=True)
+    logits = base.run(torch.tensor([PROMPT]), base.new_cache(batch_size=1, capacity=len(PROMPT)), keep="last")[0]
+    sampler = BatchSampler([replace(sampling, seed=seed) for seed in range(NUM_DRAWS)])
+    return [sampler.choose(row, logits, PROMPT, [])[0] for row in range(NUM_DRAWS)]

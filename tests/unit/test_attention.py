@@ -41,9 +41,7 @@ def one_by_one(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 1)]),
     dims=st.sampled_from([(16, 16), (24, 16)]),
 )
-def test_equals_the_plain_oracle(
-    offsets: list[int], width: int, heads: tuple[int, int], dims: tuple[int, int]
-) -> None:
+def test_equals_the_plain_oracle(offsets: list[int], width: int, heads: tuple[int, int], dims: tuple[int, int]) -> None:
     num_heads, num_key_heads = heads
     batch, scale = len(offsets), 0.3
     query = stored(batch, num_heads, dims[0], 1, torch.float64)[:, :, :width]

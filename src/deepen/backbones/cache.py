@@ -65,7 +65,9 @@ class AttentionStore(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write the pass behind each row's committed entries; give the first S entries, S a multiple of KEY_BLOCK."""
         if self.window is None:
             raise RollbackError("this cache was used outside of a pass: call PrefixCache.begin before the model")

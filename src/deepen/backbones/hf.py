@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ def _attention_forward(
     for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
         if features.get(name) is not None:
             raise UnsupportedBackbone(
-                f"{type(module).__name__} asks its attention for {name}={features[name]!r}, which chunk passes don't know"
+                f"{type(module).__name__} asks its attention for {name}={features[name]!r}, which passes don't know"
             )
     return attend(query, key, value, visibility=visibility, scale=scaling), None
 
@@ -107,14 +107,25 @@ class Backbone:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def embedding_weight(self) -> Tensor:
+        """`[V, D]`, the vectors of the tokens."""
+        return next(self.embedding.parameters())
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, as the model's generation configuration has them."""
+        ids: Any = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+    @property
     def device(self) -> torch.device:
         """Where the first layer reads its input."""
-        return next(self.embedding.parameters()).device
+        return self.embedding_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the embedding, and so of what flows between layers."""
-        return next(self.embedding.parameters()).dtype
+        return self.embedding_weight.dtype
 
     @property
     def num_parameters(self) -> int:
@@ -165,9 +176,7 @@ class Backbone:
         # Elementwise kernels treat the last few elements of a tensor apart, with other rounding, so passes come in
         # whole blocks of positions. A recurrent state would read the pads: there a pass has the width it has.
         num_pads = 0 if cache.recurrent_layers else round_up(width, QUERY_BLOCK) - width
-        visibility = Visibility(
-            window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype
-        )
+        visibility = Visibility(window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype)
         last = torch.tensor(window.widths, device=self.device).clamp(min=1) - 1
         kept = last.unique() if keep == "last" else torch.arange(width, device=self.device)
         with _our_attention(self.config, visibility), _layer_edits(self.layers, edit, width):

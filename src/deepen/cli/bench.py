@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from deepen.cli.output import print_facts, print_table, progress
@@ -92,7 +93,6 @@ class _Bench:
     def machine(self) -> dict[str, Any]:
         """What the figures depend on, and the least time that reading the weights once takes."""
         import torch
-        import transformers
 
         from deepen.evaluate.speed import read_bandwidth
 
@@ -100,7 +100,7 @@ class _Bench:
         weight_bytes = sum(parameter.nbytes for parameter in self._backbone.model.parameters())
         return {
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "python": platform.python_version(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),

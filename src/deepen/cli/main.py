@@ -23,11 +23,11 @@ VERBS = {
     "demo": "what recursion buys on a pretrained model, measured here in minutes",
     "graft": "add a method to a model, print its budget, verify that nothing else changed, save the adapter",
     "generate": "continue a prompt with any model or adapter",
-    "train": "train a method from a run file, resumable",
+    "train": "train a method's parameters as a run file says",
     "evaluate": "measure a model at one stage of its surgery",
     "inspect": "what a model is made of and what a pass of it costs",
     "methods": "the methods there are, and their presets",
-    "bench": "time the parts that speed depends on",
+    "bench": "time plain and exact decoding against transformers, by domain",
 }
 
 _BAD_INPUT = 2

@@ -3,11 +3,11 @@
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 
 import deepen
 from deepen.backbones import resolve
@@ -107,7 +107,7 @@ class Demonstration:
         return {
             "deepen": deepen.__version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),

@@ -1,11 +1,21 @@
 """Prompts by domain, for demonstrations and speed measurements: how predictable a text is decides what drafts gain."""
 
 from dataclasses import dataclass
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, Literal, Protocol
 
 Domain = Literal["chat", "code", "copy", "prose"]
+
+
+class ChatTokenizer(Protocol):
+    """What is needed of a tokenizer; transformers' have it."""
+
+    chat_template: Any
+
+    def encode(self, text: str, **options: Any) -> Any:
+        """The ids of a text."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The ids of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +26,7 @@ class DomainPrompt:
     name: str
     text: str
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def encode(self, tokenizer: ChatTokenizer) -> list[int]:
         """The message as a chat turn where the tokenizer has a template, else as it stands."""
         if tokenizer.chat_template is None:
             return list(tokenizer.encode(self.text))

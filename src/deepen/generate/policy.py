@@ -39,8 +39,8 @@ class PassPrice:
             return median(self._seconds[bucket])
         # The nearest width that was timed, moved along the assumed line.
         known = min(self._seconds, key=lambda other: abs(other - bucket))
-        return median(self._seconds[known]) * (1 + _FURTHER_POSITION * (width - 1)) / (
-            1 + _FURTHER_POSITION * (known - 1)
+        return (
+            median(self._seconds[known]) * (1 + _FURTHER_POSITION * (width - 1)) / (1 + _FURTHER_POSITION * (known - 1))
         )
 
 

@@ -80,9 +80,7 @@ def verify(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft], samp
     return Advance(judge(decoding, drafts, logits, sampler), Spent(1, sum(widths)))
 
 
-def judge(
-    decoding: Decoding, drafts: Sequence[Draft], logits: Tensor, sampler: Sampler
-) -> tuple[RowAdvance, ...]:
+def judge(decoding: Decoding, drafts: Sequence[Draft], logits: Tensor, sampler: Sampler) -> tuple[RowAdvance, ...]:
     """Commit, from a pass over each row's last token and its draft, what the base's logits `[B, W, V]` agree with.
 
     Logits behind a row's draft are not looked at, so a pass may go on to other positions there.
@@ -94,8 +92,8 @@ def judge(
         tokens = tuple(emitted[: accepted + 1])
         advances.append(RowAdvance(tokens, drafted=len(draft.tokens), accepted=accepted, source=draft.source))
     decoding.cache.commit([len(advance.tokens) for advance in advances])
-    for row, advance in zip(decoding.rows, advances, strict=True):
-        row.extend(advance.tokens)
+    for ids, advance in zip(decoding.rows, advances, strict=True):
+        ids.extend(advance.tokens)
     return tuple(advances)
 
 

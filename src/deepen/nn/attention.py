@@ -51,9 +51,7 @@ class Visibility:
             batch, _, num_keys = self._bias.shape
             blocks = self._bias.view(batch, 1, self.num_blocks, 1, QUERY_BLOCK, num_keys)
             blocks = blocks.expand(batch, num_key_heads, self.num_blocks, group, QUERY_BLOCK, num_keys)
-            self._shaped[shape] = blocks.reshape(
-                batch, num_key_heads * self.num_blocks, group * QUERY_BLOCK, num_keys
-            )
+            self._shaped[shape] = blocks.reshape(batch, num_key_heads * self.num_blocks, group * QUERY_BLOCK, num_keys)
         return self._shaped[shape]
 
 

@@ -86,5 +86,5 @@ def pack_linears(module: nn.Module) -> Packing:
     )
     for linear in linears:
         # On the instance, so that neither the class nor the module tree changes.
-        linear.forward = PackedForward(linear)  # type: ignore[method-assign]
+        linear.forward = PackedForward(linear)  # type: ignore[method-assign, assignment]
     return Packing(linears)

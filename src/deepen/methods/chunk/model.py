@@ -70,9 +70,8 @@ class ChunkRefineWrapper(nn.Module):
         )
         self.latent_token = LatentToken(backbone.vocab_size, hidden_size) if config.use_latent_token else None
         self.mask_token = MaskToken(hidden_size)
-        embedding = backbone.embedding.weight
-        if not embedding.is_meta:
-            self.mask_token.initialise_from(embedding)
+        if not backbone.embedding_weight.is_meta:
+            self.mask_token.initialise_from(backbone.embedding_weight)
         for module in self._sidecar().values():
             module.to(backbone.device)
         self._place_cells()
@@ -168,13 +167,13 @@ class ChunkRefineWrapper(nn.Module):
         Fields left None are those of the configuration. `generation_kwargs`: `top_k`, `min_p`, `repetition_penalty`,
         `seed` (row r uses seed + r), `eos_token_id`.
         """
-        overrides = {
+        overrides: dict[str, Any] = {
             "chunk_width": chunk_width,
             "max_inner_steps": max_inner_steps,
             "commit_threshold": commit_threshold,
             "min_commit_threshold": min_commit_threshold,
         }
-        eos = generation_kwargs.pop("eos_token_id", self.base.generation_config.eos_token_id)
+        eos = generation_kwargs.pop("eos_token_id", self.backbone.eos_ids)
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         seed = generation_kwargs.pop("seed", 0)
         sampling = SamplingConfig.from_dict({"temperature": temperature, "top_p": top_p, **generation_kwargs})
@@ -268,7 +267,8 @@ class ChunkRefineWrapper(nn.Module):
         """Of the cells in a draft pass over `num_slots` slots."""
         if self.plan is None or self.refine_cells is None:
             return 0
-        return num_slots * len(self.plan.layers) * self.refine_cells[0].flops_per_token
+        cells = (self._cell_of(layer) for layer in self.plan.layers)
+        return num_slots * sum(cell.flops_per_token for cell in cells if cell is not None)
 
     def state_bytes(self, *, context: int) -> int:
         """The base's cache: the sidecar keeps nothing between passes in exact mode."""

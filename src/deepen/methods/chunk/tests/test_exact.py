@@ -289,10 +289,10 @@ def test_generate_chunks_reproduces_a_row_by_its_seed() -> None:
 def test_what_this_version_lacks_is_refused_with_a_way_out() -> None:
     base = tiny.build("llama")
     refined = ChunkRefineWrapper(base, RecursiveConfig(recursive_enabled=True, commit_mode="refined"))
-    with pytest.raises(ConfigError, match="'refined'.*use 'exact'"):
+    with pytest.raises(ConfigError, match=r"'refined'.*use 'exact'"):
         refined.open(Prompt(((1, 2),), 4))
     jacobi = ChunkRefineWrapper(base, RecursiveConfig(recursive_enabled=True, draft="jacobi"))
-    with pytest.raises(ConfigError, match="draft 'jacobi'.*ar, lookup, auto, mask"):
+    with pytest.raises(ConfigError, match=r"draft 'jacobi'.*ar, lookup, auto, mask"):
         jacobi.open(Prompt(((1, 2),), 4))
 
 
