@@ -1,85 +1,100 @@
 """How long a draft should be: as long as the tokens it is expected to add pay for the width they cost.
 
-With a chance p that a drafted token is accepted, given that those before it were, a draft of k tokens commits
-1 + p + ... + p^k tokens in expectation, for the price of a pass k + 1 wide. Both p (by how good the evidence for the
-draft is) and the price (by width) are measured while decoding runs. None of this can change the output: a pass commits
-only what the base emits.
+The chance that a drafted token is accepted depends on the evidence for it: how many tokens before it are those of the
+text it was copied from. Each accepted token is one more. So a draft of k tokens with evidence e commits, in
+expectation, 1 + c(e) + c(e) c(e + 1) + ... + c(e) ... c(e + k - 1) tokens, for the price of a pass k + 1 wide. Chances
+and prices are measured while decoding runs. None of this can change the output: a pass commits only what the base
+emits.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from statistics import median
 
-# Widths whose price is tracked one by one; the price between two of them is interpolated.
+from deepen.core.types import RowAdvance
+from deepen.generate.drafts import Draft
+from deepen.generate.verify import agreement
+
+# Widths whose price is tracked one by one; those between two of them count as the upper one.
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 # The share of a one-token pass that each further position costs, until it is measured.
 _FURTHER_POSITION = 0.02
+# How many times as dear as that a wider pass counts until a one-token pass was timed: what it is worth is not known
+# then, and only a draft that is all but sure should be tried.
+_UNTIMED = 2.0
 _RECENT = 8
 
 
 class PassPrice:
-    """Seconds a pass takes, by width: the median of the last few, or a straight line where none was timed."""
+    """Seconds a pass takes, by width: the median of the last few, and between and beyond timed widths a line."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._recent: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
+        self._seconds: dict[int, float] = {}
 
     def observe(self, width: int, seconds: float) -> None:
         """One pass of `width` positions took `seconds`."""
-        self._seconds[_bucket(width)].append(seconds)
+        width = _tracked(width)
+        self._recent[width].append(seconds)
+        self._seconds[width] = median(self._recent[width])
 
     def relative(self, width: int) -> float:
-        """The price of a pass of `width`, in units of whatever a one-token pass costs by the same estimate."""
-        return self._estimate(width) / self._estimate(1)
+        """The price of a pass of `width`, in units of what a one-token pass costs by the same estimate."""
+        price = self._estimate(width) / self._estimate(1)
+        return price if width == 1 or 1 in self._seconds else price * _UNTIMED
 
     def _estimate(self, width: int) -> float:
-        if not self._seconds:
-            return 1 + _FURTHER_POSITION * (width - 1)
-        bucket = _bucket(width)
-        if bucket in self._seconds:
-            return median(self._seconds[bucket])
-        # The nearest width that was timed, moved along the assumed line.
-        known = min(self._seconds, key=lambda other: abs(other - bucket))
-        return (
-            median(self._seconds[known]) * (1 + _FURTHER_POSITION * (width - 1)) / (1 + _FURTHER_POSITION * (known - 1))
-        )
+        if _tracked(width) in self._seconds:
+            return self._seconds[_tracked(width)]
+        below = max((timed for timed in self._seconds if timed < width), default=None)
+        above = min((timed for timed in self._seconds if timed > width), default=None)
+        if below is not None and above is not None:
+            share = (width - below) / (above - below)
+            return self._seconds[below] * (1 - share) + self._seconds[above] * share
+        timed = below or above
+        return _assumed(width) * (self._seconds[timed] / _assumed(timed) if timed is not None else 1.0)
 
 
-def _bucket(width: int) -> int:
-    return next((known for known in _WIDTHS if known >= width), _WIDTHS[-1])
+def _tracked(width: int) -> int:
+    return next((tracked for tracked in _WIDTHS if tracked >= width), _WIDTHS[-1])
+
+
+def _assumed(width: int) -> float:
+    return 1 + _FURTHER_POSITION * (width - 1)
+
+
+# The chance of a token behind a match of so many or more, before anything was observed. Only a starting point.
+_PRIOR = {0: 0.2, 1: 0.3, 2: 0.45, 3: 0.6, 4: 0.8, 8: 0.9}
+# The prior counts as much as one observation, and an observation fades by this factor with each that follows. A chance
+# of which nothing ever comes true thus falls below 0.02. A draft is made only where its chance is above what it
+# costs, so in the long run drafts can't cost more than that.
+_FADING = 0.98
 
 
 class Acceptance:
-    """The chance that a drafted token is accepted, by the kind of evidence behind the draft.
+    """The chance that a drafted token is accepted, by the evidence for it; observations fade, so that it can change."""
 
-    A beta estimate that forgets: `weight` drafted tokens' worth of prior, and observations fading by `keep` a draft,
-    so that a text that stops repeating itself is noticed within a few passes.
-    """
+    def __init__(self) -> None:
+        self._counts: dict[int, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
-    def __init__(self, *, weight: float = 4.0, keep: float = 0.95) -> None:
-        self._weight, self._keep = weight, keep
-        self._counts: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    def observe(self, evidence: int, compared: int, accepted: int) -> None:
+        """Of a draft with `evidence`, `compared` tokens were compared with what came, and the first `accepted` equal.
 
-    def observe(self, evidence: int, drafted: int, accepted: int) -> None:
-        """A draft of `drafted` tokens had its first `accepted` ones accepted; what stands behind tells nothing."""
-        if drafted == 0:
-            return
-        counts = self._counts[_evidence_class(evidence)]
-        counts[0] = counts[0] * self._keep + accepted
-        counts[1] = counts[1] * self._keep + (accepted < drafted)
+        What stands behind the first that differs tells nothing.
+        """
+        for position in range(min(accepted + 1, compared)):
+            kind = _kind(evidence + position)
+            right, wrong = (count * _FADING for count in self._counts[kind])
+            self._counts[kind] = (right + 1, wrong) if position < accepted else (right, wrong + 1)
 
     def chance(self, evidence: int) -> float:
         """Estimated acceptance of one token, in (0, 1)."""
-        kind = _evidence_class(evidence)
+        kind = _kind(evidence)
         right, wrong = self._counts[kind]
-        prior = _PRIOR[kind] * self._weight
-        return (right + prior) / (right + wrong + self._weight)
+        return (right + _PRIOR[kind]) / (right + wrong + 1)
 
 
-# A match of n tokens behind a copied draft: the longer, the likelier that the copy goes on. Only a starting point.
-_PRIOR = {0: 0.2, 1: 0.3, 2: 0.45, 3: 0.6, 4: 0.8, 8: 0.9}
-
-
-def _evidence_class(evidence: int) -> int:
+def _kind(evidence: int) -> int:
     return max(kind for kind in _PRIOR if kind <= evidence)
 
 
@@ -89,18 +104,32 @@ class WidthPolicy:
     def __init__(self) -> None:
         self.price = PassPrice()
         self.acceptance = Acceptance()
+        self._num_rows = 0
 
     def length(self, evidence: int, most: int) -> int:
         """Tokens of a draft, 0 .. `most`, that maximise expected tokens over price; 0 is plain decoding."""
-        chance = self.acceptance.chance(evidence)
-        return max(range(most + 1), key=lambda k: self._rate(chance, k))
+        best, best_rate = 0, 1.0
+        reached = expected = 1.0
+        for length in range(1, most + 1):
+            reached *= self.acceptance.chance(evidence + length - 1)
+            expected += reached
+            price = self.price.relative(length + 1)
+            if expected > best_rate * price:
+                best, best_rate = length, expected / price
+            if expected + reached * (most - length) <= best_rate * price:
+                break  # not even for this price would the tokens further on be worth it
+        return best
 
-    def _rate(self, chance: float, length: int) -> float:
-        expected = (1 - chance ** (length + 1)) / (1 - chance)
-        return expected / self.price.relative(length + 1)
+    def observe(self, proposals: Sequence[Draft], gained: Sequence[RowAdvance], seconds: float) -> None:
+        """One pass took `seconds`; row r could have drafted all of `proposals[r]`, and drafted some or none of it.
 
-    def observe(self, evidence: Sequence[int], drafted: Sequence[int], accepted: Sequence[int], seconds: float) -> None:
-        """One pass over rows that drafted `drafted[row]` tokens on `evidence[row]`, `accepted[row]` of them right."""
-        self.price.observe(1 + max(drafted), seconds)
-        for kind, tried, right in zip(evidence, drafted, accepted, strict=True):
-            self.acceptance.observe(kind, tried, right)
+        What a row committed tells about its proposal even where that was not drafted, so that a text that begins to
+        repeat itself is noticed at no cost.
+        """
+        if len(gained) != self._num_rows:
+            # A pass over more or fewer rows has another price at each width.
+            self.price, self._num_rows = PassPrice(), len(gained)
+        self.price.observe(1 + max(row.drafted for row in gained), seconds)
+        for proposal, row in zip(proposals, gained, strict=True):
+            compared = proposal.tokens[: len(row.tokens)]
+            self.acceptance.observe(proposal.evidence, len(compared), agreement(compared, row.tokens))

@@ -101,18 +101,11 @@ class ExactDecoder:
         ]
 
     def _copy_if_it_pays(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
-        policy = decoding.policy
-        drafts = [
-            _shortened(draft, policy.length(draft.evidence, len(draft.tokens))) for draft in self._copies(decoding)
-        ]
+        policy, copies = decoding.policy, self._copies(decoding)
+        drafts = [_shortened(copy, policy.length(copy.evidence, len(copy.tokens))) for copy in copies]
         began = perf_counter()
         advance = verify(self._backbone, decoding, drafts, sampler)
-        policy.observe(
-            [draft.evidence for draft in drafts],
-            [row.drafted for row in advance.rows],
-            [row.accepted for row in advance.rows],
-            perf_counter() - began,
-        )
+        policy.observe(copies, advance.rows, perf_counter() - began)
         return advance
 
     def _alternate(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
