@@ -204,6 +204,8 @@ class Backbone:
 
 
 def _pad_positions(tokens: Tensor, num_pads: int) -> Tensor:
+    if num_pads == 0:
+        return tokens
     return F.pad(tokens, (0, num_pads) if tokens.ndim == 2 else (0, 0, 0, num_pads))
 
 

@@ -14,13 +14,12 @@ from statistics import median
 from deepen.core.types import RowAdvance
 from deepen.generate.drafts import Draft
 from deepen.generate.verify import agreement
+from deepen.nn.attention import QUERY_BLOCK, round_up
 
-# Widths whose price is tracked one by one; those between two of them count as the upper one.
-_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 # The share of a one-token pass that each further position costs, until it is measured.
 _FURTHER_POSITION = 0.02
-# How many times as dear as that a wider pass counts until a one-token pass was timed: what it is worth is not known
-# then, and only a draft that is all but sure should be tried.
+# How many times as dear as that a wider pass counts until a one-token pass was timed: until then only a draft that is
+# all but sure should be tried.
 _UNTIMED = 2.0
 _RECENT = 8
 
@@ -44,8 +43,9 @@ class PassPrice:
         return price if width == 1 or 1 in self._seconds else price * _UNTIMED
 
     def _estimate(self, width: int) -> float:
-        if _tracked(width) in self._seconds:
-            return self._seconds[_tracked(width)]
+        width = _tracked(width)
+        if width in self._seconds:
+            return self._seconds[width]
         below = max((timed for timed in self._seconds if timed < width), default=None)
         above = min((timed for timed in self._seconds if timed > width), default=None)
         if below is not None and above is not None:
@@ -56,7 +56,8 @@ class PassPrice:
 
 
 def _tracked(width: int) -> int:
-    return next((tracked for tracked in _WIDTHS if tracked >= width), _WIDTHS[-1])
+    """The width under which a price is kept: passes come in whole blocks of positions."""
+    return width if width == 1 else round_up(width, QUERY_BLOCK)
 
 
 def _assumed(width: int) -> float:
@@ -65,10 +66,11 @@ def _assumed(width: int) -> float:
 
 # The chance of a token behind a match of so many or more, before anything was observed. Only a starting point.
 _PRIOR = {0: 0.2, 1: 0.3, 2: 0.45, 3: 0.6, 4: 0.8, 8: 0.9}
-# The prior counts as much as one observation, and an observation fades by this factor with each that follows. A chance
-# of which nothing ever comes true thus falls below 0.02. A draft is made only where its chance is above what it
-# costs, so in the long run drafts can't cost more than that.
-_FADING = 0.98
+# How many observations the prior counts for, and the factor by which an observation fades with each that follows. Where
+# nothing comes true a chance thus falls to 0.9 * 0.5 / 20.5 = 0.022. Drafts are made only where their chance is above
+# what they cost, so in the long run they can't cost more than that.
+_PRIOR_WEIGHT = 0.5
+_FADING = 0.95
 
 
 class Acceptance:
@@ -91,7 +93,7 @@ class Acceptance:
         """Estimated acceptance of one token, in (0, 1)."""
         kind = _kind(evidence)
         right, wrong = self._counts[kind]
-        return (right + _PRIOR[kind]) / (right + wrong + 1)
+        return (right + _PRIOR[kind] * _PRIOR_WEIGHT) / (right + wrong + _PRIOR_WEIGHT)
 
 
 def _kind(evidence: int) -> int:

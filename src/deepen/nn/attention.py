@@ -67,7 +67,8 @@ def attend(
     batch, num_heads, width, _ = query.shape
     num_key_heads = key.shape[1]
     group, num_blocks = num_heads // num_key_heads, visibility.num_blocks
-    query = F.pad(query, (0, 0, 0, num_blocks * QUERY_BLOCK - width))
+    if width % QUERY_BLOCK:  # pad copies even where there is nothing to pad
+        query = F.pad(query, (0, 0, 0, num_blocks * QUERY_BLOCK - width))
     # Heads that share a key become rows beside each other; blocks of positions become heads that share that key.
     query = query.view(batch, num_key_heads, group, num_blocks, QUERY_BLOCK, -1).transpose(2, 3)
     out = F.scaled_dot_product_attention(
