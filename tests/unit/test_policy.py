@@ -5,6 +5,7 @@ from itertools import cycle, islice
 from random import Random
 
 import pytest
+from effort import share_of_profile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -232,6 +233,7 @@ def always_wrong(rows: Rows, evidence: Iterable[int]) -> None:
 class TestWhatItCosts:
     """Counted cost: prices are known exactly, so that only choices count."""
 
+    @share_of_profile(5, least=25)
     @given(
         slope=st.floats(0.0, 2.0),
         pattern=st.lists(st.sampled_from(EVIDENCE), min_size=1, max_size=8),
@@ -255,6 +257,7 @@ class TestWhatItCosts:
         rows.continue_text([0], range(1, 200))
         assert rows.rate() == 1.0
 
+    @share_of_profile(5, least=25)
     @given(seed=st.integers(0, 2**32), num_kinds=st.sampled_from([4, 16, 64, 256]))
     def test_chance_repetitions_cost_little(self, seed: int, num_kinds: int) -> None:
         """Random text: the last tokens have often occurred before, and what followed means nothing."""
@@ -279,7 +282,7 @@ class TestWhatItCosts:
             rows.advance(Draft(tuple(range(MOST)), "lookup", 3), range(MOST + 1))
         assert rows.policy.length(3, MOST) > 8
 
-    @pytest.mark.parametrize(("evidence", "num_passes"), [(2, 50), (4, 15), (16, 15)])
+    @pytest.mark.parametrize(("evidence", "num_passes"), [(2, 100), (4, 50), (16, 50)])
     def test_notices_that_it_ends(self, evidence: int, num_passes: int) -> None:
         """The later the weaker the match was: behind it, copies had gone on for long."""
         rows = Rows(packed)

@@ -154,7 +154,6 @@ class _Bench:
             "exact, lookup, W 8": grafted(draft="lookup", chunk_width=8),
             "exact, lookup, W 16": grafted(draft="lookup", chunk_width=16),
             "exact, auto, W 16": grafted(draft="auto", chunk_width=16),
-            "exact, auto, W 32": grafted(draft="auto", chunk_width=32),
         }
         return {
             _GENERATE: transformers_path(self._theirs, self._stop),

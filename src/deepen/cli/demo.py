@@ -44,6 +44,8 @@ def run(options: Options) -> int:
     identity = demo.identity()
     print_facts({name: _verdict(holds) for name, holds in identity.items()})
     answers = [_answer(demo, name) for name in demo.prompts]
+    if demo.left_out:
+        print(f"left out, as they don't fit into this model's context: {', '.join(demo.left_out)}")
     _heading("What it cost")
     print_table(_COLUMNS, [_row(answer) for answer in answers])
     noise = _noise(demo)

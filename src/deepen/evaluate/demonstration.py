@@ -12,6 +12,7 @@ import torch
 import deepen
 from deepen.backbones import resolve
 from deepen.backbones.hf import Backbone
+from deepen.core.errors import PromptError
 from deepen.core.registry import Method
 from deepen.core.types import Batch
 from deepen.data.batches import batch_of, token_ids
@@ -86,7 +87,18 @@ class Demonstration:
         self._method = method
         self.model = self._build(self.config)
         self._stop = StopConfig(max_new_tokens=max_new_tokens, eos_ids=(loaded.tokenizer.eos_token_id,))
-        self.prompts: dict[str, DomainPrompt] = {p.name: p for name in _SHOWN for p in PROMPTS if p.name == name}
+        shown = {name: prompt for name in _SHOWN for prompt in PROMPTS if prompt.name == name}
+        self.prompts = {name: prompt for name, prompt in shown.items() if self._fits(prompt, max_new_tokens)}
+        self.left_out = [name for name in shown if name not in self.prompts]
+        if not self.prompts:
+            raise PromptError(
+                f"no prompt of the demonstration fits into this model's context of {self.backbone.context_length} "
+                f"with max_new_tokens {max_new_tokens}; lower it, or choose a model with a longer context"
+            )
+
+    def _fits(self, prompt: DomainPrompt, max_new_tokens: int) -> bool:
+        context = self.backbone.context_length
+        return context is None or len(prompt.encode(self.tokenizer)) + max_new_tokens <= context
 
     def _build(self, config: Any) -> Any:
         return self._method.load_model_type().build(config, self.backbone, self.backbone.vocab_size)

@@ -29,7 +29,7 @@ class DomainPrompt:
     def encode(self, tokenizer: ChatTokenizer) -> list[int]:
         """The message as a chat turn where the tokenizer has a template, else as it stands."""
         if tokenizer.chat_template is None:
-            return list(tokenizer.encode(self.text))
+            return list(tokenizer.encode(self.text, verbose=False))
         turn = [{"role": "user", "content": self.text}]
         return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
 

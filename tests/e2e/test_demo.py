@@ -1,0 +1,51 @@
+"""The main job by command on a tiny model, and that it notices when it is not exact."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from deepen.cli.main import main
+
+ARGUMENTS = ["demo", "--model", "tiny:nanochat", "--scored-tokens", "0", "--max-new-tokens", "16"]
+
+
+def test_it_answers_exactly_and_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo.json"
+    assert main([*ARGUMENTS, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "exact: every check above holds" in shown
+    assert str(out) in shown
+    found = json.loads(out.read_text())
+    assert found["exact"]
+    assert all(found["identity"].values())
+    # The others are longer than a tiny model's context.
+    assert [answer["domain"] for answer in found["answers"]] == ["chat"]
+    assert "left out, as they don't fit into this model's context: account, letter" in shown
+    for answer in found["answers"]:
+        assert sum(answer["commits"]) == len(answer["tokens"])
+        assert len(answer["commits"]) == answer["passes"]
+        assert answer["against_plain"] == {"position": None, "margin": None}
+    assert found["noise_filled"]["exact"]
+    assert found["noise_filled"]["drafted"] > 0
+    assert found["scores"] is None
+
+
+def test_a_model_too_short_for_every_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--max-new-tokens", "500"]) == 2
+    assert "no prompt of the demonstration fits into this model's context of 512" in capsys.readouterr().err
+
+
+def test_one_token_too_many_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trusting(draft: Sequence[int], emitted: Sequence[int]) -> int:
+        # Takes the first drafted token unseen.
+        return min(1, len(draft))
+
+    monkeypatch.setattr("deepen.generate.verify.agreement", trusting)
+    out = tmp_path / "demo.json"
+    assert main([*ARGUMENTS, "--out", str(out)]) == 1
+    assert "NOT EXACT" in capsys.readouterr().out
+    assert not json.loads(out.read_text())["exact"]
