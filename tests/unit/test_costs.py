@@ -1,9 +1,12 @@
 """Costs computed from a model's modules and configuration, against what torch counts and transformers holds."""
 
+from fractions import Fraction
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from deepen.backbones import tiny
 from deepen.backbones.costs import pass_flops, row_state_bytes
@@ -12,30 +15,55 @@ from deepen.backbones.hf import Backbone
 NUM_POSITIONS = 24
 
 
+def build(name: str) -> PreTrainedModel:
+    """A tiny model, or one of an architecture that this project knows nothing of."""
+    if name != "gpt2":
+        return tiny.build(name)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
+
+
 def eager(name: str) -> Backbone:
-    model = tiny.build(name)
+    model = build(name)
     model.set_attn_implementation("eager")
     return Backbone.attach(model)
 
 
-def counted(backbone: Backbone) -> int:
+def counted(backbone: Backbone) -> dict[str, dict[Any, int]]:
+    """FLOPs of one forward by module (as a path, "Global" is all) and operator."""
     ids = torch.arange(NUM_POSITIONS)[None]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, depth=8) as counter:
         backbone.model(ids)
-    return counter.get_total_flops()
+    return counter.get_flop_counts()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "nanochat"])
+def visible_share(num_positions: int) -> Fraction:
+    """Eager attention computes all T x T scores and then hides the upper triangle; we count what is visible."""
+    return Fraction(num_positions + 1, 2 * num_positions)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "nanochat", "gpt2"])
 def test_flops_of_a_pass_are_those_torch_counts(name: str) -> None:
     backbone = eager(name)
+    total = counted(backbone)["Global"]
     config = backbone.config
-    # Eager attention computes all T x T scores and then hides the upper triangle; only what is visible is our count.
-    hidden = NUM_POSITIONS * (NUM_POSITIONS - 1) // 2
     head_dim = backbone.hidden_size // config.num_attention_heads
-    wasted = 2 * hidden * 2 * config.num_attention_heads * head_dim * backbone.num_layers
-    # The rotary angles are an outer product of positions and frequencies, counted as a product of width one.
-    rotary = 2 * NUM_POSITIONS * head_dim // 2
-    assert counted(backbone) - wasted - pass_flops(backbone, num_positions=NUM_POSITIONS, context=0) in (0, rotary)
+    scores = 2 * NUM_POSITIONS**2 * 2 * config.num_attention_heads * head_dim * backbone.num_layers
+    hidden = scores * (1 - visible_share(NUM_POSITIONS))
+    assert pass_flops(backbone, num_positions=NUM_POSITIONS, context=0) == sum(total.values()) - hidden
+
+
+def test_flops_of_a_recurrent_pass_are_those_torch_counts_but_for_the_states() -> None:
+    backbone = eager("kimi_linear")
+    counts, aten = counted(backbone), torch.ops.aten
+    prefix = f"{type(backbone.model).__name__}.model.layers"
+    # Weights meet positions in plain products; batched ones are attention's scores and the arithmetic of the states.
+    products = counts["Global"][aten.mm] + counts[f"{prefix}.3.self_attn"][aten.bmm] * visible_share(NUM_POSITIONS)
+    # A window of four slides over three positions before the first, too.
+    convolutions = Fraction(counts["Global"][aten.convolution] * NUM_POSITIONS, NUM_POSITIONS + 3)
+    assert products + convolutions == pass_flops(backbone, num_positions=NUM_POSITIONS, context=0)
+    states = [counts[f"{prefix}.{layer}.self_attn"][aten.bmm] for layer in range(3)]
+    attention = counts[f"{prefix}.3.self_attn"][aten.bmm]
+    assert counts["Global"][aten.bmm] == sum(states) + attention
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -50,7 +78,9 @@ def test_a_pass_in_two_parts_costs_as_much(name: str, split: int) -> None:
 def test_only_visited_experts_are_counted() -> None:
     """By hand: the layers of the tiny kimi_linear model, product by product."""
     backbone = Backbone.attach(tiny.build("kimi_linear"))
-    linears = sum(m.weight.numel() for m in backbone.model.modules() if isinstance(m, torch.nn.Linear))
+    linears = sum(
+        m.weight.numel() for m in backbone.model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv1d)
+    )
     experts = sum(
         2 * weight[0].numel()
         for name, weight in backbone.model.named_parameters()
@@ -67,9 +97,9 @@ def test_only_visited_experts_are_counted() -> None:
     assert pass_flops(backbone, num_positions=1, context=0) == expected
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", [*tiny.NAMES, "gpt2"])
 def test_state_bytes_are_those_of_transformers_cache(name: str) -> None:
-    backbone = Backbone.attach(tiny.build(name))
+    backbone = Backbone.attach(build(name))
     cache = DynamicCache(config=backbone.config)
     with torch.no_grad():
         backbone.model(torch.arange(NUM_POSITIONS)[None], past_key_values=cache, use_cache=True)

@@ -1,6 +1,7 @@
 """What a pass of a base model costs, computed from its modules and configuration without running it."""
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed
 
 from deepen.backbones.hf import Backbone
 
@@ -20,7 +21,7 @@ def pass_flops(backbone: Backbone, *, num_positions: int, context: int) -> int:
 
 def _weight_products(module: nn.Module, backbone: Backbone) -> int:
     """Multiply-adds with this module's own weights at one position."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | nn.Conv1d | Conv1D):
         return module.weight.numel()
     own = dict(module.named_parameters(recurse=False))
     stacked = [weight for weight in own.values() if weight.ndim == 3]
@@ -68,5 +69,6 @@ def row_state_bytes(backbone: Backbone, *, context: int) -> int:
         elif getattr(config, "kv_lora_rank", None) is not None:
             total += size * context * (config.kv_lora_rank + config.qk_rope_head_dim)
         else:
-            total += size * context * config.num_key_value_heads * sum(_head_widths(backbone))
+            num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            total += size * context * num_key_heads * sum(_head_widths(backbone))
     return total

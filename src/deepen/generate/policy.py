@@ -67,10 +67,10 @@ def _assumed(width: int) -> float:
 # The chance of a token behind a match of so many or more, before anything was observed. Only a starting point.
 _PRIOR = {0: 0.2, 1: 0.3, 2: 0.45, 3: 0.6, 4: 0.8, 8: 0.9}
 # How many observations the prior counts for, and the factor by which an observation fades with each that follows. Where
-# nothing comes true a chance thus falls to 0.9 * 0.5 / 33.8 = 0.013. Drafts are made only where their chance is above
+# nothing comes true a chance thus falls to 0.9 * 0.5 / 25.5 = 0.018. Drafts are made only where their chance is above
 # what they cost, so in the long run they can't cost more than that.
 _PRIOR_WEIGHT = 0.5
-_FADING = 0.97
+_FADING = 0.96
 
 
 class Acceptance:
