@@ -245,9 +245,10 @@ class TestGraft:
         assert open_model(str(tmp_path / "a")).identity.address == base
 
     def test_a_recurrent_base_drafts_nothing(self, tmp_path, capsys):
-        assert main(["graft", "tiny:kimi_linear", "--config", "after_surgery", "--out", str(tmp_path / "a"), *SMALL])
-        assert "hold a recurrent state" in capsys.readouterr().err and not (tmp_path / "a").exists()
-        adapter(tmp_path / "a", "tiny:kimi_linear", "draft=ar")
+        lookup = ["--out", str(tmp_path / "b"), *SMALL, "--set", "draft=lookup"]
+        assert main(["graft", "tiny:kimi_linear", "--config", "after_surgery", *lookup]) == 2
+        assert "hold a recurrent state" in capsys.readouterr().err and not (tmp_path / "b").exists()
+        adapter(tmp_path / "a", "tiny:kimi_linear")
         out, err = said(
             capsys, "generate", str(tmp_path / "a"), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "8", "--stats"
         )

@@ -101,6 +101,9 @@ class ExactDecoder:
         ]
 
     def _copy_if_it_pays(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
+        if decoding.cache.recurrent_layers:
+            # A rejected draft would have to be taken back out of a state, so none can pay.
+            return self._plain(decoding, sampler)
         policy, copies = decoding.policy, self._copies(decoding)
         drafts = [_shortened(copy, policy.length(copy.evidence, len(copy.tokens))) for copy in copies]
         began = perf_counter()

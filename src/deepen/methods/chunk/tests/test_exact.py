@@ -296,12 +296,14 @@ def test_what_this_version_lacks_is_refused_with_a_way_out() -> None:
         jacobi.open(Prompt(((1, 2),), 4))
 
 
-def test_a_recurrent_base_decodes_plainly_and_refuses_drafts() -> None:
+def test_a_recurrent_base_decodes_plainly_and_refuses_drafts_asked_for() -> None:
     base = Backbone.attach(tiny.build("kimi_linear"))
     stop = StopConfig(max_new_tokens=10)
     prompt = [[1, 2, 3] * 4]
     plain = complete(PlainDecoder(base), prompt, stop=stop)[0].tokens
-    config = RecursiveConfig(recursive_enabled=True, draft="ar", d_state=8, chunk_width=8)
-    assert complete(ChunkRefineWrapper(base.model, config), prompt, stop=stop)[0].tokens == plain
+    config = RecursiveConfig(recursive_enabled=True, draft="auto", d_state=8, chunk_width=8)
+    for draft in ("auto", "ar"):
+        model = ChunkRefineWrapper(base.model, replace(config, draft=draft))
+        assert complete(model, prompt, stop=stop)[0].tokens == plain
     with pytest.raises(RollbackError, match="recurrent state"):
         complete(ChunkRefineWrapper(base.model, replace(config, draft="lookup")), prompt, stop=stop)
