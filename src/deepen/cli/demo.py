@@ -1,7 +1,6 @@
 """`deepen demo`: a pretrained model, grafted, answering what it would have said in fewer passes, and the proof."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +170,3 @@ def _colours() -> bool:
 def _write(*texts: str) -> None:
     sys.stdout.write("".join(texts))
     sys.stdout.flush()
-
-
-__all__: Sequence[str] = ("Options", "run")
