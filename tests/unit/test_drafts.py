@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepen.core.errors import ConfigError
-from deepen.generate.drafts import NO_DRAFT, Draft, LookupDraft, NoDraft
+from deepen.generate.drafts import Draft, LookupDraft
 
 # Few different tokens, so that they repeat.
 histories = st.lists(st.integers(0, 3), max_size=60)
@@ -109,10 +109,6 @@ def test_a_step_reads_new_tokens_and_a_constant_number_of_old_ones():
         history.extend(range(step))
         drafter.propose(history, 8)
         assert step <= history.num_read < 100
-
-
-def test_no_draft_is_empty():
-    assert NoDraft().propose([1, 2, 1, 2], 5) == NO_DRAFT == Draft((), "ar", 0)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 16), (4, 3, 16), (1, 3, 2)])

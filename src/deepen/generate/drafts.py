@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from deepen.core.errors import ConfigError
 
@@ -20,21 +19,6 @@ class Draft:
 
 
 NO_DRAFT = Draft((), source="ar", evidence=0)
-
-
-class Drafter(Protocol):
-    """Proposes what one row goes on with."""
-
-    def propose(self, history: Sequence[int], most: int) -> Draft:
-        """At most `most` tokens to follow the row's ids so far, prompt included."""
-
-
-class NoDraft:
-    """Proposes nothing, which makes decoding autoregressive: one token a pass."""
-
-    def propose(self, history: Sequence[int], most: int) -> Draft:
-        """An empty draft."""
-        return NO_DRAFT
 
 
 class LookupDraft:
