@@ -11,6 +11,7 @@ their replay is here, such a pass must be committed whole, by every row; anythin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,12 +29,17 @@ class PassWindow:
     offsets: tuple[int, ...]
     widths: tuple[int, ...]
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Positions of the widest row; shorter rows are padded on their right to it."""
         return max(self.widths)
 
-    @property
+    @cached_property
+    def even(self) -> bool:
+        """Whether all rows have the same length and bring as many tokens."""
+        return len(set(self.offsets)) == len(set(self.widths)) == 1
+
+    @cached_property
     def num_keys(self) -> int:
         """Entries a layer hands to attention: enough for every row, in whole blocks."""
         return round_up(max(map(sum, zip(self.offsets, self.widths, strict=True))), KEY_BLOCK)
@@ -79,7 +85,7 @@ class AttentionStore(CacheLayerMixin):
 
     @staticmethod
     def _write(store: Tensor, states: Tensor, window: PassWindow) -> None:
-        if len(set(window.offsets)) == len(set(window.widths)) == 1:
+        if window.even:
             first = window.offsets[0]
             store[:, :, first : first + window.width] = states[:, :, : window.width]
             return

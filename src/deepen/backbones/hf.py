@@ -5,8 +5,7 @@ the model is changed: a pass borrows the model's own forward, swapping the atten
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from deepen.backbones.attention import attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
+from deepen.backbones.fused import FusedLayers
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.core.errors import PromptError, UnsupportedBackbone
-from deepen.nn.attention import QUERY_BLOCK, Visibility, attend, round_up
+from deepen.nn.attention import QUERY_BLOCK, Visibility, round_up
 from deepen.nn.linear import Packing, pack_linears
 
 # Called with a layer's index and its output [B, W, D]; gives what the next layer reads instead.
@@ -27,35 +27,8 @@ LayerEdit = Callable[[int, Tensor], Tensor]
 # Which positions of a pass get logits: all of them, or only the last real one of each row.
 Keep = Literal["all", "last"]
 
-_ATTENTION = "deepen_pass"
-_visibility: ContextVar[Visibility | None] = ContextVar("visibility", default=None)
 # transformers returns a mask that is 4-D already as it is, and asks nothing of the cache; ours travels apart.
 _NO_MASK = torch.zeros(1, 1, 1, 1)
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **features: object,
-) -> tuple[Tensor, None]:
-    visibility = _visibility.get()
-    if visibility is None:
-        raise UnsupportedBackbone("deepen's attention serves passes over a PrefixCache only: use Backbone.run")
-    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        if features.get(name) is not None:
-            raise UnsupportedBackbone(
-                f"{type(module).__name__} asks its attention for {name}={features[name]!r}, which passes don't know"
-            )
-    return attend(query, key, value, visibility=visibility, scale=scaling), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention_forward)
 
 
 @dataclass(frozen=True)
@@ -78,6 +51,7 @@ class Backbone:
         self.embedding, self.layers = points.embedding, points.layers
         self.final_norm, self.head = points.final_norm, points.head
         self._packing: Packing | None = None
+        self._fused: FusedLayers | None = None
 
     @classmethod
     def attach(cls, model: nn.Module) -> "Backbone":
@@ -137,15 +111,21 @@ class Backbone:
         return BaseIdentity(address=address, fingerprint=fingerprint(self.model), tokenizer=tokenizer)
 
     def pack(self) -> None:
-        """Pack the linears for decoding (see nn/linear.py); idempotent, undone by `unpack`."""
+        """Pack the linears for decoding and fuse what can be; idempotent, undone by `unpack`.
+
+        See nn/linear.py and fused.py. The packed copies cost as much memory again as the weights.
+        """
         if self._packing is None:
-            self._packing = pack_linears(self.model)
+            self._fused = FusedLayers(self.layers)
+            self._packing = pack_linears(self.model, but_in=self._fused.layers)
 
     def unpack(self) -> None:
-        """Give every linear its own forward back."""
+        """Give every linear and every layer its own forward back."""
         if self._packing is not None:
             self._packing.remove()
             self._packing = None
+            self._fused.remove()
+            self._fused = None
 
     def new_cache(self, *, batch_size: int, capacity: int) -> PrefixCache:
         """An empty prefix for rows of up to `capacity` tokens."""
@@ -179,7 +159,8 @@ class Backbone:
         visibility = Visibility(window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype)
         last = torch.tensor(window.widths, device=self.device).clamp(min=1) - 1
         kept = last.unique() if keep == "last" else torch.arange(width, device=self.device)
-        with _our_attention(self.config, visibility), _layer_edits(self.layers, edit, width):
+        fused = self._fused.used() if self._fused is not None else nullcontext()
+        with attention_of_pass(self.config, visibility), fused, _layer_edits(self.layers, edit, width):
             logits = self.model(
                 **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": _pad_positions(tokens, num_pads)},
                 attention_mask=_NO_MASK,
@@ -207,18 +188,6 @@ def _pad_positions(tokens: Tensor, num_pads: int) -> Tensor:
     if num_pads == 0:
         return tokens
     return F.pad(tokens, (0, num_pads) if tokens.ndim == 2 else (0, 0, 0, num_pads))
-
-
-@contextmanager
-def _our_attention(config: object, visibility: Visibility) -> Iterator[None]:
-    before = config._attn_implementation_internal  # type: ignore[attr-defined]
-    token = _visibility.set(visibility)
-    config._attn_implementation_internal = _ATTENTION  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before  # type: ignore[attr-defined]
-        _visibility.reset(token)
 
 
 @contextmanager

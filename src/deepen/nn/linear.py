@@ -9,7 +9,7 @@ The operators are private to torch and serve inference alone: where a gradient i
 dtypes, a packed layer computes `F.linear` as before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +32,29 @@ def _operator(name: str) -> Callable[..., Tensor] | None:
     return getattr(torch.ops.mkldnn, name, None)
 
 
-class PackedForward:
-    """Stands in for the `forward` of one `nn.Linear`, whose parameters stay where and what they are."""
+class PackedProduct:
+    """The product with the stacked weights of linears that read the same input, `[.., K]` to `[.., sum of N]`.
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self._linear = linear
-        self._version = _version(linear.weight)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKED_FOR_ROWS)
+    It has the weights of its last `refresh`.
+    """
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        self._linears = linears
+        self._version: list[tuple[int, int]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Pack anew if a weight has moved or changed since (a device, an optimizer step)."""
+        version = [_version(p) for linear in self._linears for p in linear._parameters.values() if p is not None]
+        if version == self._version:
+            return
+        self._version = version
+        weight = torch.cat([linear.weight.detach() for linear in self._linears])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+        biases = [linear.bias for linear in self._linears]
+        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
     def __call__(self, x: Tensor) -> Tensor:
-        linear = self._linear
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or linear.weight.requires_grad)
-        if needs_gradient or x.dtype != torch.float32:
-            return F.linear(x, linear.weight, linear.bias)
-        if _version(linear.weight) != self._version:
-            self.__init__(linear)  # type: ignore[misc]  # the weight moved (an optimizer step): pack it anew
         num_rows = x.numel() // x.shape[-1]
         if num_rows >= MIN_ROWS:
             return self._product(x)
@@ -54,12 +62,32 @@ class PackedForward:
         return self._product(rows)[:num_rows].view(*x.shape[:-1], -1)
 
     def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._linear.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
 
 
-def _version(weight: Tensor) -> tuple[int, int]:
+class PackedForward:
+    """Stands in for the `forward` of one `nn.Linear`, whose parameters stay where and what they are."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear = linear
+        self._product = PackedProduct(linear)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear = self._linear
+        if wants_gradient(x, linear.weight) or x.dtype != torch.float32:
+            return F.linear(x, linear.weight, linear.bias)
+        self._product.refresh()
+        return self._product(x)
+
+
+def wants_gradient(*operands: Tensor) -> bool:
+    """Whether what is computed from these is to be differentiated, which packed operators can't."""
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
     # Tensors born in inference mode keep no version counter, and nothing can write to them afterwards.
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 @dataclass(frozen=True)
@@ -74,15 +102,18 @@ class Packing:
             del linear.forward
 
 
-def pack_linears(module: nn.Module) -> Packing:
-    """Pack every plain `nn.Linear` below `module` that can be packed, and leave the others as they are.
+def pack_linears(module: nn.Module, *, but_in: Iterable[nn.Module] = ()) -> Packing:
+    """Pack every plain `nn.Linear` below `module` that can be packed, but those in `but_in`, which pack their own.
 
     A layer that is packed already stays with whoever packed it.
 
     The packed copies cost as much memory again as the weights. State dicts, names and parameters do not change.
     """
+    others = {m for part in but_in for m in part.modules()}
     linears = tuple(
-        m for m in module.modules() if type(m) is nn.Linear and can_pack(m.weight) and "forward" not in vars(m)
+        m
+        for m in module.modules()
+        if type(m) is nn.Linear and m not in others and can_pack(m.weight) and "forward" not in vars(m)
     )
     for linear in linears:
         # On the instance, so that neither the class nor the module tree changes.
