@@ -11,9 +11,12 @@ from deepen.backbones import tiny
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
+from deepen.nn.attention import KEY_BLOCK
 
 ATTENTION_ONLY = ("llama", "qwen3", "nanochat")
 ALL = (*ATTENTION_ONLY, "kimi_linear")
+# Short ones, and ones about the length where attention begins to read another block of entries.
+lengths_of_prefixes = st.one_of(st.integers(0, 12), st.integers(KEY_BLOCK - 12, KEY_BLOCK + 3))
 
 
 def attach(name: str, *, packed: bool = False, dtype: torch.dtype = torch.float32) -> Backbone:
@@ -99,9 +102,14 @@ def test_embeddings_may_stand_for_ids(backbone: Backbone) -> None:
 
 
 @torch.no_grad()
-@given(name=st.sampled_from(ALL), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
-def test_any_split_into_passes_gives_the_same_logits(name: str, cuts: list[int]) -> None:
+@given(
+    name=st.sampled_from(ALL),
+    start=lengths_of_prefixes,
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+)
+def test_any_split_into_passes_gives_the_same_logits(name: str, start: int, cuts: list[int]) -> None:
     backbone = attach(name, packed=True)
+    cuts = [*([start] if start else []), *cuts]
     prompt = ids(1, sum(cuts))
     whole = backbone.run(prompt, backbone.new_cache(batch_size=1, capacity=sum(cuts)))
     cache = backbone.new_cache(batch_size=1, capacity=sum(cuts))
@@ -119,15 +127,15 @@ def test_any_split_into_passes_gives_the_same_logits(name: str, cuts: list[int])
 @torch.no_grad()
 @given(
     name=st.sampled_from(ATTENTION_ONLY),
-    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    lengths=st.lists(lengths_of_prefixes, min_size=1, max_size=4),
     data=st.data(),
 )
 def test_ragged_rows_equal_the_row_alone(name: str, lengths: list[int], data: st.DataObject) -> None:
     backbone = attach(name, packed=True)
     batch = len(lengths)
     widths = data.draw(st.lists(st.integers(1, 9), min_size=batch, max_size=batch))
-    prompt = ids(batch, 21)
-    cache = backbone.new_cache(batch_size=batch, capacity=21)
+    prompt = ids(batch, KEY_BLOCK + 12)
+    cache = backbone.new_cache(batch_size=batch, capacity=KEY_BLOCK + 12)
     if max(lengths):
         backbone.run(prompt[:, : max(lengths)], cache, widths=lengths)
         cache.commit(lengths)
@@ -270,4 +278,4 @@ def test_bytes_are_those_of_the_stores() -> None:
     assert cache.num_bytes() == 0
     backbone.run(ids(2, 7), cache)
     heads, head_dim = backbone.config.num_key_value_heads, 16
-    assert cache.num_bytes() == 2 * 2 * backbone.num_layers * heads * 512 * head_dim * 4
+    assert cache.num_bytes() == 2 * 2 * backbone.num_layers * heads * KEY_BLOCK * head_dim * 4

@@ -10,44 +10,45 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from deepen.backbones.attention import visibility_of_pass
+from deepen.backbones.cache import PrefixCache
 from deepen.nn.attention import Visibility, attend
 from deepen.nn.linear import PackedProduct, can_pack, wants_gradient
 
 _LINEARS_OF_A_LAYER = 7
 
 
-class FusedLayers:
-    """The layers of one model that compute fused; parameters stay where and what they are."""
+def fuse_layers(layers: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Fuse those of `layers` that are exactly llama's and can be packed; parameters stay where and what they are."""
+    fused = tuple(layer for layer in layers if _can_fuse(layer))
+    for layer in fused:
+        # On the instance, so that neither the class nor the module tree changes.
+        layer.forward = _FusedForward(layer)
+    return fused
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        """Fuse those that are exactly llama's and can be packed."""
-        self.layers = tuple(layer for layer in layers if _can_fuse(layer))
-        self._forwards = [_FusedForward(layer) for layer in self.layers]
-        for layer, forward in zip(self.layers, self._forwards, strict=True):
-            # On the instance, so that neither the class nor the module tree changes.
-            layer.forward = forward
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """In the block each layer is fused, if it can be as the block begins; otherwise, and outside, it is itself."""
-        rotation = _Rotation()
-        for forward in self._forwards:
-            forward.begin(rotation)
-        try:
-            yield
-        finally:
-            for forward in self._forwards:
-                forward.end()
+def unfuse_layers(layers: Iterable[nn.Module]) -> None:
+    """Give fused layers their own forward back."""
+    for layer in layers:
+        del layer.forward
 
-    def remove(self) -> None:
-        """Give every layer its own forward back."""
-        for layer in self.layers:
-            del layer.forward
+
+@contextmanager
+def fused_pass(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """In the block, layers that were fused compute so if they can as it begins; otherwise each is itself."""
+    forwards = [vars(layer).get("forward") for layer in layers]
+    fused = [forward for forward in forwards if isinstance(forward, _FusedForward)]
+    rotation = _Rotation()
+    for forward in fused:
+        forward.begin(rotation)
+    try:
+        yield
+    finally:
+        for forward in fused:
+            forward.end()
 
 
 class _FusedForward:
@@ -60,7 +61,11 @@ class _FusedForward:
     def __init__(self, layer: LlamaDecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer = layer
+        # Looked up once: a module's attributes are slow to find, and `_changed` sees when a part is replaced.
         self._parts = [(m, name, part) for m in layer.modules() for name, part in m.named_children()]
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._activation = mlp.act_fn
+        self._index, self._scale = attention.layer_idx, attention.scaling
         self._qkv = PackedProduct(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = PackedProduct(attention.o_proj)
         self._gate_up = PackedProduct(mlp.gate_proj, mlp.up_proj)
@@ -92,7 +97,7 @@ class _FusedForward:
         visibility = visibility_of_pass()
         if self._rotation is None or visibility is None or wants_gradient(hidden_states):
             return type(self._layer).forward(self._layer, hidden_states, **arguments)
-        return self._forward(hidden_states, visibility, self._rotation, **arguments)
+        return self._forward(hidden_states, visibility, self._rotation, **arguments)  # type: ignore[arg-type]
 
     def _forward(
         self,
@@ -101,18 +106,18 @@ class _FusedForward:
         rotation: "_Rotation",
         *,
         position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: object,
+        past_key_values: PrefixCache,
         **_: object,
     ) -> Tensor:
-        layer = self._layer
-        heads = self._qkv(_norm(layer.input_layernorm, h)).unflatten(-1, (-1, self._head_dim))
+        norm_attention, norm_mlp = self._norms
+        heads = self._qkv(_normed(h, norm_attention)).unflatten(-1, (-1, self._head_dim))
         turned = rotation.turn(heads[:, :, : -self._num_values], position_embeddings).transpose(1, 2)
         q, k, v = turned[:, : -self._num_values], turned[:, -self._num_values :], heads[:, :, -self._num_values :]
-        k, v = past_key_values.update(k, v.transpose(1, 2), layer.self_attn.layer_idx)  # type: ignore[attr-defined]
-        attended = attend(q, k, v, visibility=visibility, scale=layer.self_attn.scaling)
+        k, v = past_key_values.layers[self._index].update(k, v.transpose(1, 2))
+        attended = attend(q, k, v, visibility=visibility, scale=self._scale)
         h = h + self._out(attended.flatten(-2))
-        gate, up = self._gate_up(_norm(layer.post_attention_layernorm, h)).chunk(2, dim=-1)
-        return h + self._down(layer.mlp.act_fn(gate) * up)
+        gate, up = self._gate_up(_normed(h, norm_mlp)).chunk(2, dim=-1)
+        return h + self._down(self._activation(gate) * up)
 
 
 class _Rotation:
@@ -133,8 +138,9 @@ class _Rotation:
         return torch.addcmul(heads * self._cos, heads.roll(self._half, dims=-1), self._sin)
 
 
-def _norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _normed(x: Tensor, norm: LlamaRMSNorm) -> Tensor:
+    weight = norm.weight
+    return torch.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
 
 
 def _can_fuse(layer: nn.Module) -> bool:

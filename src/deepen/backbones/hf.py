@@ -5,7 +5,7 @@ the model is changed: a pass borrows the model's own forward, swapping the atten
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from deepen.backbones.attention import attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
-from deepen.backbones.fused import FusedLayers
+from deepen.backbones.fused import fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.core.errors import PromptError, UnsupportedBackbone
 from deepen.nn.attention import QUERY_BLOCK, Visibility, round_up
@@ -51,7 +51,7 @@ class Backbone:
         self.embedding, self.layers = points.embedding, points.layers
         self.final_norm, self.head = points.final_norm, points.head
         self._packing: Packing | None = None
-        self._fused: FusedLayers | None = None
+        self._fused: tuple[nn.Module, ...] = ()
 
     @classmethod
     def attach(cls, model: nn.Module) -> "Backbone":
@@ -116,16 +116,16 @@ class Backbone:
         See nn/linear.py and fused.py. The packed copies cost as much memory again as the weights.
         """
         if self._packing is None:
-            self._fused = FusedLayers(self.layers)
-            self._packing = pack_linears(self.model, but_in=self._fused.layers)
+            self._fused = fuse_layers(self.layers)
+            self._packing = pack_linears(self.model, but_in=self._fused)
 
     def unpack(self) -> None:
         """Give every linear and every layer its own forward back."""
         if self._packing is not None:
             self._packing.remove()
             self._packing = None
-            self._fused.remove()
-            self._fused = None
+            unfuse_layers(self._fused)
+            self._fused = ()
 
     def new_cache(self, *, batch_size: int, capacity: int) -> PrefixCache:
         """An empty prefix for rows of up to `capacity` tokens."""
@@ -159,7 +159,7 @@ class Backbone:
         visibility = Visibility(window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype)
         last = torch.tensor(window.widths, device=self.device).clamp(min=1) - 1
         kept = last.unique() if keep == "last" else torch.arange(width, device=self.device)
-        fused = self._fused.used() if self._fused is not None else nullcontext()
+        fused = fused_pass(self.layers)
         with attention_of_pass(self.config, visibility), fused, _layer_edits(self.layers, edit, width):
             logits = self.model(
                 **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": _pad_positions(tokens, num_pads)},
