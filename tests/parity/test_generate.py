@@ -192,7 +192,7 @@ def test_prompts_of_different_lengths(name: str) -> None:
 
 
 @every_attention_model
-@pytest.mark.parametrize("draft", ["lookup", "mask", "auto"])
+@pytest.mark.parametrize("draft", ["lookup", "jacobi", "mask", "auto"])
 def test_exact_chunks(name: str, draft: str) -> None:
     for row in (PROMPT, LOOP):
         assert_chunks_give(name, [row], generate(name, [row]), draft=draft)

@@ -1,11 +1,11 @@
-"""Prompt lookup against a search that reads the whole history each time."""
+"""Prompt lookup against a search that reads the whole history each time; leftovers against a book of predictions."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepen.core.errors import ConfigError
-from deepen.generate.drafts import Draft, LookupDraft
+from deepen.generate.drafts import NO_DRAFT, Draft, JacobiDraft, LookupDraft
 
 # Few different tokens, so that they repeat.
 histories = st.lists(st.integers(0, 3), max_size=60)
@@ -109,6 +109,55 @@ def test_a_step_reads_new_tokens_and_a_constant_number_of_old_ones():
         history.extend(range(step))
         drafter.propose(history, 8)
         assert step <= history.num_read < 100
+
+
+@given(passes=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 99)), max_size=12))
+def test_leftovers_stand_where_they_were_predicted_for(passes):
+    """The plain oracle writes down what each pass predicts for every place of the text, and reads there."""
+    drafter, history, book = JacobiDraft(), [7], {}
+    for most, num_right, token in passes:
+        end = len(history)
+        expected = [book.get(place, history[-1]) for place in range(end, end + most)]
+        draft = drafter.propose(history, most)
+        assert draft == Draft(tuple(expected), "jacobi", 0)
+        # What a base might say behind the last token and behind each of the draft, right about its first tokens.
+        accepted = min(num_right, most)
+        predicted = [*draft.tokens[:accepted], *(token + index for index in range(most - accepted + 1))]
+        book = {end + index: prediction for index, prediction in enumerate(predicted)}
+        history += predicted[: accepted + 1]
+        drafter.keep(predicted[accepted + 1 :])
+
+
+def test_a_row_without_leftovers_guesses_its_last_token():
+    assert JacobiDraft().propose([1, 2, 3], 4) == Draft((3, 3, 3, 3), "jacobi", 0)
+    assert JacobiDraft().propose([1, 2, 3], 0).tokens == ()
+
+
+def test_leftovers_are_those_of_the_last_pass_alone():
+    drafter = JacobiDraft()
+    drafter.keep([4, 5, 6])
+    assert drafter.propose([1, 2], 2).tokens == (4, 5)
+    assert drafter.propose([1, 2], 5).tokens == (4, 5, 6, 2, 2)
+    drafter.keep([8])
+    assert drafter.propose([1, 2], 3).tokens == (8, 2, 2)
+    drafter.keep([])
+    assert drafter.propose([1, 2], 1).tokens == (2,)
+
+
+def test_a_shortened_draft_keeps_its_source_and_its_beginning():
+    draft = Draft((4, 5, 6), "mask", 2)
+    assert draft.shortened(2) == Draft((4, 5), "mask", 2)
+    assert draft.shortened(9) == draft
+    assert draft.shortened(0) == NO_DRAFT == NO_DRAFT.shortened(3)
+
+
+@given(tokens=st.lists(st.integers(0, 1), max_size=6), committed=st.lists(st.integers(0, 1), min_size=1, max_size=8))
+def test_what_a_draft_says_behind_committed_tokens(tokens, committed):
+    rest = Draft(tuple(tokens), "mask", 2).behind(committed)
+    if len(tokens) > len(committed) and tokens[: len(committed)] == committed:
+        assert rest == Draft(tuple(tokens[len(committed) :]), "mask", 2 + len(committed))
+    else:
+        assert rest == NO_DRAFT
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 16), (4, 3, 16), (1, 3, 2)])

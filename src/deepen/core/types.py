@@ -66,15 +66,25 @@ class Spent:
     passes: int = 0
     positions: int = 0
 
+    def __add__(self, other: "Spent") -> "Spent":
+        """Both together."""
+        return Spent(self.passes + other.passes, self.positions + other.positions)
+
 
 @dataclass(frozen=True)
 class RowAdvance:
-    """What one row gained: committed tokens in order, and how many of them a draft had proposed."""
+    """What one row gained: committed tokens in order, and how many of them a draft had proposed.
+
+    Where a method changes its drafts: `edits`, the committed tokens that differ from the draft's, and `p_commit`, the
+    probability with which it held the chunk to be done.
+    """
 
     tokens: tuple[int, ...]
     drafted: int = 0
     accepted: int = 0
     source: str = "plain"
+    edits: int = 0
+    p_commit: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Where drafts come from without a model: nowhere, or copied from what the row already says."""
+"""Where drafts come from without a pass of their own: nowhere, copied from what the row says, or left from a pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepen.core.errors import ConfigError
 
@@ -16,6 +16,21 @@ class Draft:
     tokens: tuple[int, ...]
     source: str
     evidence: int
+
+    def shortened(self, length: int) -> "Draft":
+        """Its first `length` tokens at most; `NO_DRAFT` where that is none."""
+        tokens = self.tokens[:length]
+        return replace(self, tokens=tokens) if tokens else NO_DRAFT
+
+    def behind(self, committed: Sequence[int]) -> "Draft":
+        """What it still proposes once `committed` stands in its place: `NO_DRAFT` unless all of that agrees with it.
+
+        Each token that agreed is one more sign for those behind it.
+        """
+        length = len(committed)
+        if len(self.tokens) <= length or self.tokens[:length] != tuple(committed):
+            return NO_DRAFT
+        return replace(self, tokens=self.tokens[length:], evidence=self.evidence + length)
 
 
 NO_DRAFT = Draft((), source="ar", evidence=0)
@@ -86,3 +101,25 @@ class LookupDraft:
         while length < min(end, self._max_evidence) and self._seen[end - 1 - length] == self._seen[-1 - length]:
             length += 1
         return length
+
+
+class JacobiDraft:
+    """What a pass predicted behind the first draft token it rejected: a Jacobi iteration over the tokens to come.
+
+    A pass over the last token and a draft predicts a token behind every position. Those up to the first rejected one
+    are committed. The others were predicted from a draft that was partly wrong, and may still be right; they are the
+    next draft, each at its own place. What is missing to the length asked for, all of it before the first pass, is
+    filled with the last token of the row. One object a row.
+    """
+
+    def __init__(self) -> None:
+        self._leftovers: tuple[int, ...] = ()
+
+    def propose(self, history: Sequence[int], most: int) -> Draft:
+        """Exactly `most` tokens behind `history`: what was kept from the last pass over it, then its last token."""
+        leftovers = self._leftovers[:most]
+        return Draft((*leftovers, *[history[-1]] * (most - len(leftovers))), source="jacobi", evidence=0)
+
+    def keep(self, leftovers: Sequence[int]) -> None:
+        """What a pass predicted behind the tokens it committed, the first of them for the place right behind those."""
+        self._leftovers = tuple(leftovers)

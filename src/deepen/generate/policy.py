@@ -1,18 +1,31 @@
-"""How long a draft should be: as long as the tokens it is expected to add pay for the width they cost.
+"""What a row's next pass should do: the drafts or slots expected to add the most tokens for the price of their width.
 
-The chance that a drafted token is accepted depends on the evidence for it: how many tokens before it are those of the
-text it was copied from. Each accepted token is one more. So a draft of k tokens with evidence e commits, in
-expectation, 1 + c(e) + c(e) c(e + 1) + ... + c(e) ... c(e + k - 1) tokens, for the price of a pass k + 1 wide. Chances
-and prices are measured while decoding runs. None of this can change the output: a pass commits only what the base
-emits.
+Two sources are weighed against plain decoding, a pass of one position for one token:
+
+- A copied draft. The chance that one of its tokens is accepted depends on the evidence for it: how many tokens before
+  it are those of the text it was copied from. Each accepted token is one more. So a draft of k tokens with evidence e
+  commits, in expectation, 1 + c(e) + c(e) c(e + 1) + ... + c(e) ... c(e + k - 1) tokens, for the price of a pass k + 1
+  wide.
+- Slots. What they propose is verified by the pass behind theirs, so k slots take two passes, each k + 1 wide, for 2
+  tokens and the accepted ones. Evidence is the number of slots before. That nothing is accepted is the rule until a
+  sidecar is trained, and can't be known before some slots were filled. So every now and then a pass that would have
+  been plain *probes*: it fills the rest of its block of positions with slots. No pass verifies them; the tokens that
+  come anyway say whether they were right. Probes may cost `_PROBE_SHARE` of plain decoding.
+
+What a pass predicts behind a rejected token ("jacobi") is no third source: on natural text it was measured to commit
+1.02 to 1.06 tokens a pass, where a pass wide enough for it costs 1.2 times a plain one.
+
+Chances and prices are measured while decoding runs. None of this can change the output: a pass commits only what the
+base emits.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from deepen.core.types import RowAdvance
-from deepen.generate.drafts import Draft
+from deepen.generate.drafts import NO_DRAFT, Draft
 from deepen.generate.verify import agreement
 from deepen.nn.attention import QUERY_BLOCK, round_up
 
@@ -37,12 +50,22 @@ class PassPrice:
         self._recent[width].append(seconds)
         self._seconds[width] = median(self._recent[width])
 
+    @property
+    def timed(self) -> bool:
+        """Whether any pass was."""
+        return bool(self._seconds)
+
     def relative(self, width: int) -> float:
         """The price of a pass of `width`, in units of what a one-token pass costs by the same estimate."""
-        price = self._estimate(width) / self._estimate(1)
-        return price if width == 1 or 1 in self._seconds else price * _UNTIMED
+        return self.in_plain_passes(self.seconds(width)) if width > 1 else 1.0
 
-    def _estimate(self, width: int) -> float:
+    def in_plain_passes(self, seconds: float) -> float:
+        """So many seconds in units of what a one-token pass costs."""
+        price = seconds / self.seconds(1)
+        return price if 1 in self._seconds else price * _UNTIMED
+
+    def seconds(self, width: int) -> float:
+        """What a pass of `width` takes by what was timed; a pass of one token takes 1 until any was."""
         width = _tracked(width)
         if width in self._seconds:
             return self._seconds[width]
@@ -64,19 +87,26 @@ def _assumed(width: int) -> float:
     return 1 + _FURTHER_POSITION * (width - 1)
 
 
-# The chance of a token behind a match of so many or more, before anything was observed. Only a starting point.
-_PRIOR = {0: 0.2, 1: 0.3, 2: 0.45, 3: 0.6, 4: 0.8, 8: 0.9}
-# How many observations the prior counts for, and the factor by which an observation fades with each that follows. Where
-# nothing comes true a chance thus falls to 0.9 * 0.5 / 25.5 = 0.018. Drafts are made only where their chance is above
-# what they cost, so in the long run they can't cost more than that.
-_PRIOR_WEIGHT = 0.5
-_FADING = 0.96
+# The chance of a token before anything was observed, by the evidence for it: behind a copied match of so many or more.
+# Only a starting point.
+_COPY_PRIOR: dict[int, float | None] = {0: 0.2, 1: 0.3, 2: 0.45, 3: 0.6, 4: 0.8, 8: 0.9}
+# In a slot behind so many accepted ones. None: as likely as with the evidence before, so that a probe of a few slots
+# tells something of longer drafts.
+_SLOT_PRIOR: dict[int, float | None] = {0: 0.05, 1: None, 2: None, 3: None, 4: None, 8: None}
 
 
 class Acceptance:
-    """The chance that a drafted token is accepted, by the evidence for it; observations fade, so that it can change."""
+    """The chance that a drafted token is accepted, by the evidence for it; observations fade, so that it can change.
 
-    def __init__(self) -> None:
+    The prior counts for `prior_weight` observations, and an observation fades by the factor `fading` with each that
+    follows. By default, where nothing comes true a chance thus falls to 0.9 * 0.5 / 25.5 = 0.018. Drafts are made only
+    where their chance is above what they cost, so in the long run they can't cost more than that.
+    """
+
+    def __init__(
+        self, prior: Mapping[int, float | None] = _COPY_PRIOR, *, prior_weight: float = 0.5, fading: float = 0.96
+    ) -> None:
+        self._prior, self._prior_weight, self._fading = dict(sorted(prior.items())), prior_weight, fading
         self._counts: dict[int, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
     def observe(self, evidence: int, compared: int, accepted: int) -> None:
@@ -85,53 +115,163 @@ class Acceptance:
         What stands behind the first that differs tells nothing.
         """
         for position in range(min(accepted + 1, compared)):
-            kind = _kind(evidence + position)
-            right, wrong = (count * _FADING for count in self._counts[kind])
+            kind = self._kind(evidence + position)
+            right, wrong = (count * self._fading for count in self._counts[kind])
             self._counts[kind] = (right + 1, wrong) if position < accepted else (right, wrong + 1)
 
     def chance(self, evidence: int) -> float:
         """Estimated acceptance of one token, in (0, 1)."""
-        kind = _kind(evidence)
-        right, wrong = self._counts[kind]
-        return (right + _PRIOR[kind] * _PRIOR_WEIGHT) / (right + wrong + _PRIOR_WEIGHT)
+        chance = 0.0
+        for kind, prior in self._prior.items():
+            if kind > evidence:
+                break
+            right, wrong = self._counts[kind]
+            start = prior if prior is not None else chance
+            chance = (right + start * self._prior_weight) / (right + wrong + self._prior_weight)
+        return chance
+
+    def _kind(self, evidence: int) -> int:
+        return max(kind for kind in self._prior if kind <= evidence)
 
 
-def _kind(evidence: int) -> int:
-    return max(kind for kind in _PRIOR if kind <= evidence)
+# The share of plain decoding that probes of slots may cost; with what wrong copies may cost, that stays below 0.03.
+_PROBE_SHARE = 0.008
+# A probe's slots: with the token before them one block, which a pass computes anyway.
+_PROBE_SLOTS = QUERY_BLOCK - 1
+# How many times as dear as one without slots a pass with slots counts until one was timed.
+_UNTIMED_SLOTS = 1.25
 
 
-class WidthPolicy:
-    """Chooses draft lengths for one decoding from what its passes cost and how many drafted tokens were accepted."""
+@dataclass(frozen=True)
+class Offer:
+    """What a row could do in its next pass: verify `copied` or `pending`, tokens of earlier slots, or fill new slots.
+
+    No draft may be longer than the row has room for, nor slots more than `most_slots`.
+    """
+
+    copied: Draft = NO_DRAFT
+    pending: Draft = NO_DRAFT
+    most_slots: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What it does: verify `draft`, or fill `num_slots` slots; decode plainly if neither is any."""
+
+    draft: Draft = NO_DRAFT
+    num_slots: int = 0
+
+    @property
+    def width(self) -> int:
+        """Positions of the pass that this takes."""
+        return 1 + len(self.draft.tokens) + self.num_slots
+
+
+class DraftPolicy:
+    """Chooses sources and widths for one decoding from what its passes cost and how many tokens were accepted."""
 
     def __init__(self) -> None:
         self.price = PassPrice()
-        self.acceptance = Acceptance()
+        """Of passes without slots, by which those with slots are measured, too."""
+        self.acceptance = {
+            "lookup": Acceptance(),
+            # Slots are observed rarely while they don't pay. With a short memory a few probes bring them back; with a
+            # heavier prior one that happened to be right doesn't.
+            "mask": Acceptance(_SLOT_PRIOR, prior_weight=2.0, fading=0.9),
+        }
+        self._slot_price = PassPrice()
+        self._slots_are_warm = False
+        self._allowance = 0.0
         self._num_rows = 0
 
-    def length(self, evidence: int, most: int) -> int:
-        """Tokens of a draft, 0 .. `most`, that maximise expected tokens over price; 0 is plain decoding."""
+    def choose(self, offers: Sequence[Offer]) -> list[Choice]:
+        """What each row should do in the next pass."""
+        choices = [self._best(offer) for offer in offers]
+        probes = self._probes(offers, choices)
+        return [probes.get(row, choice) for row, choice in enumerate(choices)]
+
+    def observe(
+        self, offers: Sequence[Offer], choices: Sequence[Choice], gained: Sequence[RowAdvance], seconds: float
+    ) -> None:
+        """One pass took `seconds`, in which each row was offered and chose as given and gained `gained`.
+
+        What a row committed tells about its drafts even where they were not verified, so that a text that begins to
+        repeat itself, or slots that begin to be right, are noticed at no cost.
+        """
+        if len(gained) != self._num_rows:
+            # A pass over more or fewer rows has another price at each width.
+            self.price, self._slot_price, self._num_rows = PassPrice(), PassPrice(), len(gained)
+        self._allowance += _PROBE_SHARE
+        self._time(choices, seconds)
+        for offer, row in zip(offers, gained, strict=True):
+            for draft in (offer.copied, offer.pending):
+                compared = draft.tokens[: len(row.tokens)]
+                if compared:
+                    self.acceptance[draft.source].observe(
+                        draft.evidence, len(compared), agreement(compared, row.tokens)
+                    )
+
+    def _time(self, choices: Sequence[Choice], seconds: float) -> None:
+        width = max(choice.width for choice in choices)
+        if not any(choice.num_slots for choice in choices):
+            self.price.observe(width, seconds)
+        elif self._slots_are_warm:
+            self._slot_price.observe(width, seconds)
+        else:
+            # The first pass with slots also pays for whatever is prepared on first use. Few are timed while they don't
+            # pay, so that one outlier would be believed for long.
+            self._slots_are_warm = True
+
+    def _best(self, offer: Offer) -> Choice:
+        best, best_rate = Choice(), 1.0
+        for draft in (offer.copied, offer.pending):
+            length, rate = self._best_length(draft.source, draft.evidence, len(draft.tokens), self.price.relative)
+            if rate > best_rate:
+                best, best_rate = Choice(draft.shortened(length)), rate
+        length, rate = self._best_length("mask", 0, offer.most_slots, self._price_of_both, sure=2)
+        return Choice(num_slots=length) if rate > best_rate else best
+
+    def _best_length(
+        self, source: str, evidence: int, most: int, price_of: Callable[[int], float], *, sure: int = 1
+    ) -> tuple[int, float]:
+        """The length, 0 .. `most`, of a draft that maximises expected tokens over price, and that maximum.
+
+        Without a draft that is 1, plain decoding. `sure` tokens come whatever is accepted; `price_of` is told the
+        width, in plain passes.
+        """
         best, best_rate = 0, 1.0
-        reached = expected = 1.0
+        reached, expected = 1.0, float(sure)
         for length in range(1, most + 1):
-            reached *= self.acceptance.chance(evidence + length - 1)
+            reached *= self.acceptance[source].chance(evidence + length - 1)
             expected += reached
-            price = self.price.relative(length + 1)
+            price = price_of(length + 1)
             if expected > best_rate * price:
                 best, best_rate = length, expected / price
             if expected + reached * (most - length) <= best_rate * price:
                 break  # not even for this price would the tokens further on be worth it
-        return best
+        return best, best_rate
 
-    def observe(self, proposals: Sequence[Draft], gained: Sequence[RowAdvance], seconds: float) -> None:
-        """One pass took `seconds`; row r could have drafted all of `proposals[r]`, and drafted some or none of it.
+    def _price_of_both(self, width: int) -> float:
+        """Of a pass with slots and the pass that verifies what they propose, in plain passes."""
+        return self._price_with_slots(width) + self.price.relative(width)
 
-        What a row committed tells about its proposal even where that was not drafted, so that a text that begins to
-        repeat itself is noticed at no cost.
-        """
-        if len(gained) != self._num_rows:
-            # A pass over more or fewer rows has another price at each width.
-            self.price, self._num_rows = PassPrice(), len(gained)
-        self.price.observe(1 + max(row.drafted for row in gained), seconds)
-        for proposal, row in zip(proposals, gained, strict=True):
-            compared = proposal.tokens[: len(row.tokens)]
-            self.acceptance.observe(proposal.evidence, len(compared), agreement(compared, row.tokens))
+    def _price_with_slots(self, width: int) -> float:
+        if not (self._slot_price.timed and self.price.timed):
+            return self.price.relative(width) * _UNTIMED_SLOTS
+        return self.price.in_plain_passes(self._slot_price.seconds(width))
+
+    def _probes(self, offers: Sequence[Offer], choices: Sequence[Choice]) -> dict[int, Choice]:
+        """Rows that would decode plainly and can probe instead, if the allowance is enough, which is then used up."""
+        # The rows of a pass share its price, so all that can probe do.
+        probes = {
+            row: Choice(num_slots=min(_PROBE_SLOTS, offer.most_slots))
+            for row, (offer, choice) in enumerate(zip(offers, choices, strict=True))
+            if choice.width == 1 and offer.most_slots and not offer.pending.tokens
+        }
+        if not probes:
+            return {}
+        cost = self._price_with_slots(max(probe.width for probe in probes.values())) - 1
+        if cost > self._allowance:
+            return {}
+        self._allowance -= max(0.0, cost)
+        return probes

@@ -18,9 +18,7 @@ def score_in_chunks(backbone: Backbone, batch: Batch, *, width: int) -> Score:
     """
     rows = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
     cache = backbone.new_cache(batch_size=len(rows), capacity=max(map(len, rows)))
-    log_probs = torch.zeros(batch.input_ids.shape, dtype=_wide(backbone.dtype))
-    scored = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-    correct = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    sheet = ScoreSheet(batch.input_ids.shape, backbone.dtype)
     for start in range(0, max(map(len, rows)) - 1, width):
         # The last token of a row predicts nothing that is given, so it is not read.
         chunks = [row[:-1][start : start + width] for row in rows]
@@ -28,11 +26,8 @@ def score_in_chunks(backbone: Backbone, batch: Batch, *, width: int) -> Score:
         logits = backbone.run(pad_rows(chunks, backbone.device), cache, widths=widths)
         cache.commit(widths)
         for index, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
-            targets = row[start + 1 : start + 1 + len(chunk)]
-            span = slice(start + 1, start + 1 + len(chunk))
-            log_probs[index, span], correct[index, span] = _of_targets(logits[index, : len(chunk)], targets)
-            scored[index, span] = True
-    return Score(log_probs, scored, correct)
+            sheet.put(index, start + 1, row[start + 1 : start + 1 + len(chunk)], logits[index, : len(chunk)])
+    return sheet.score
 
 
 def score_at_once(backbone: Backbone, batch: Batch) -> Score:
@@ -41,15 +36,30 @@ def score_at_once(backbone: Backbone, batch: Batch) -> Score:
     is_real = torch.arange(width) < batch.lengths[:, None].cpu()
     inputs = batch.input_ids.to(backbone.device)
     logits = backbone.model(input_ids=inputs, attention_mask=is_real.long().to(backbone.device)).logits
-    log_probs = torch.zeros(batch.input_ids.shape, dtype=_wide(backbone.dtype))
-    correct = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+    sheet = ScoreSheet(batch.input_ids.shape, backbone.dtype)
     for index, (ids, length) in enumerate(zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)):
-        if length > 1:
-            span = slice(1, length)
-            log_probs[index, span], correct[index, span] = _of_targets(logits[index, : length - 1], ids[1:length])
-    scored = is_real.clone()
-    scored[:, 0] = False
-    return Score(log_probs, scored, correct)
+        sheet.put(index, 1, ids[1:length], logits[index, : max(0, length - 1)])
+    return sheet.score
+
+
+class ScoreSheet:
+    """Log-probabilities of a batch's tokens, noted as they come in."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Of ids `[B, T]` under a model of `dtype`."""
+        self.score = Score(
+            torch.zeros(*shape, dtype=_wide(dtype)),
+            scored=torch.zeros(*shape, dtype=torch.bool),
+            correct=torch.zeros(*shape, dtype=torch.bool),
+        )
+
+    def put(self, row: int, start: int, targets: Sequence[int], logits: Tensor) -> None:
+        """Tokens `targets` of `row`, from position `start` on, were decided by `logits` `[n, V]`."""
+        if not targets:
+            return
+        span = slice(start, start + len(targets))
+        self.score.log_probs[row, span], self.score.correct[row, span] = _of_targets(logits, targets)
+        self.score.scored[row, span] = True
 
 
 def _of_targets(logits: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -44,14 +44,16 @@ class Decoding:
         self.limits = [self.limits[row] for row in kept]
 
 
-def open_decoding(backbone: Backbone, prompt: Prompt) -> Decoding:
+def open_decoding(backbone: Backbone, prompt: Prompt, *, scratch: int = 0) -> Decoding:
     """Read every row but its last token into a new cache with room for `prompt.max_new_tokens` more.
+
+    Passes may go `scratch` positions further than the last token.
 
     Raises `PromptError` for an empty row, an id outside the vocabulary, or more tokens than the context holds.
     """
     _check_prompt(backbone, prompt)
     rows = [list(row) for row in prompt.rows]
-    capacity = max(map(len, rows)) + prompt.max_new_tokens
+    capacity = max(map(len, rows)) + prompt.max_new_tokens + scratch
     cache = backbone.new_cache(batch_size=len(rows), capacity=capacity)
     decoding = Decoding(cache, rows, [len(row) + prompt.max_new_tokens for row in rows])
     decoding.prefill = read(backbone, cache, [row[:-1] for row in rows])
@@ -73,11 +75,24 @@ def read(backbone: Backbone, cache: PrefixCache, rows: Sequence[Sequence[int]]) 
 
 def verify(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft], sampler: Sampler) -> Advance:
     """Check `drafts[row]` behind each row's last token; every row commits at least one token, the base's own."""
+    logits = run_drafts(backbone, decoding, drafts)
+    return Advance(judge(decoding, drafts, logits, sampler), spent_on(drafts))
+
+
+@torch.no_grad()
+def run_drafts(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft]) -> Tensor:
+    """Logits `[B, W, V]` of one pass over each row's last token and its draft; W is the longest draft's length + 1.
+
+    Entry i of a row is about the token behind its draft's first i. Nothing is committed: that is for `judge`.
+    """
     inputs = [[row[-1], *draft.tokens] for row, draft in zip(decoding.rows, drafts, strict=True)]
-    widths = [len(row) for row in inputs]
-    with torch.no_grad():
-        logits = backbone.run(pad_rows(inputs, backbone.device), decoding.cache, widths=widths)
-    return Advance(judge(decoding, drafts, logits, sampler), Spent(1, sum(widths)))
+    ids = pad_rows(inputs, backbone.device)
+    return backbone.run(ids, decoding.cache, widths=[len(row) for row in inputs])
+
+
+def spent_on(drafts: Sequence[Draft]) -> Spent:
+    """What one pass over each row's last token and its draft costs."""
+    return Spent(1, sum(1 + len(draft.tokens) for draft in drafts))
 
 
 def judge(decoding: Decoding, drafts: Sequence[Draft], logits: Tensor, sampler: Sampler) -> tuple[RowAdvance, ...]:

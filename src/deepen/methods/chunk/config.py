@@ -227,6 +227,11 @@ class RecursiveConfig(Config):
                 "phase c changes the base, whose output commit_mode exact promises; "
                 "set commit_mode to refined, or phase to a or b"
             )
+        if self.cache_reset_policy == "keep_all" and mode == "exact":
+            messages.append(
+                "cache_reset_policy keep_all lets a pass see what others left, and then its output isn't the base's; "
+                "set commit_mode to refined, or cache_reset_policy to keep_kda_recurrent_reset_mla"
+            )
         other: CommitMode = "refined" if mode == "exact" else "exact"
         return messages + [
             f"{name} {value} has no effect in commit_mode {mode}; leave it out, or set commit_mode to {other}"

@@ -7,22 +7,28 @@ own. `forward` is the base's. Decoding goes chunk by chunk through the committed
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
 from deepen.backbones.costs import pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CannotScore, CheckpointError, ConfigError, DeepenError
+from deepen.core.errors import CheckpointError, ConfigError, DeepenError
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit
+from deepen.generate import door
 from deepen.generate.loop import complete
 from deepen.generate.sampling import SamplingConfig
 from deepen.generate.scoring import score_in_chunks
 from deepen.generate.stop import StopConfig
+from deepen.generate.verify import Decoding
 from deepen.methods.chunk.config import CellPlan, RecursiveConfig, resolve_for_base
-from deepen.methods.chunk.decoding import ChunkDecoding, ExactDecoder
-from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell, sanitize
+from deepen.methods.chunk.decoding import ExactDecoder
+from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell
+from deepen.methods.chunk.passes import Sidecar, refine_slots
+from deepen.methods.chunk.refined import RefinedDecoder
+from deepen.methods.chunk.scoring import score_refined
 
 # Learning rates and decay of phase A (sidecar only); the boundary head learns a little faster than the rest.
 SIDECAR_LEARNING_RATE = 3e-4
@@ -52,6 +58,12 @@ class ChunkRefineWrapper(nn.Module):
         self.mask_token: MaskToken | None = None
         if self.config.recursive_enabled:
             self._add_sidecar()
+            if self.config.cache_reset_policy == "keep_all":
+                warn(
+                    "cache_reset_policy keep_all lets a refined pass see the entries of the passes before it, at later "
+                    "positions: an ablation, comparable with no other setting",
+                    stacklevel=2,
+                )
 
     def _add_sidecar(self) -> None:
         config, backbone = self.config, self.backbone
@@ -103,51 +115,44 @@ class ChunkRefineWrapper(nn.Module):
         return self.base(*args, **kwargs)
 
     def refine_slots(self, layer: int, h: Tensor, slots: Tensor) -> Tensor:
-        """Layer `layer`'s output `[B, W, D]` with its cell, if it has one, acting on `slots` `[B, W]`.
-
-        Everything but the slots comes back bit-equal. A slot that isn't finite becomes zero, at every layer: weighed
-        with zero by a masked softmax further up, infinity would still spread as NaN.
-        """
-        cell = self._cell_of(layer)
-        if cell is not None:
-            device = cell.out.weight.device
-            h = cell.refine(h.to(device), mask=slots.to(device), pooling=self.config.pooling).to(h.device)
-        return sanitize(h, slots.to(h.device))
+        """Layer `layer`'s output `[B, W, D]` with its cell, if it has one, acting on `slots` `[B, W]` alone."""
+        return refine_slots(self._cell_of(layer), h, slots, self.config.pooling)
 
     def _cell_of(self, layer: int) -> RefineCell | None:
         if self.plan is None or self.refine_cells is None or layer not in self.plan.layers:
             return None
         return self.refine_cells[0 if self.plan.shared else self.plan.layers.index(layer)]  # type: ignore[return-value]
 
-    def open(self, prompt: Prompt) -> ChunkDecoding:
+    def open(self, prompt: Prompt) -> Decoding:
         """Read the prompt."""
         return self._decoder(self.config).open(prompt)
 
-    def advance(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
-        """One pass over the next chunk; commits 1 to W tokens of each row."""
+    def advance(self, decoding: Any, sampler: Sampler) -> Advance:
+        """The next chunk: one pass in exact mode, drafting and refining in refined mode; 1 to W tokens of each row."""
         return self._decoder(self.config).advance(decoding, sampler)
 
-    def drop(self, decoding: ChunkDecoding, rows: Sequence[int]) -> None:
+    def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
         decoding.drop(rows)
 
-    def _decoder(self, config: RecursiveConfig) -> ExactDecoder:
+    def _decoder(self, config: RecursiveConfig) -> ExactDecoder | RefinedDecoder:
         config.check()
-        if config.recursive_enabled and config.commit_mode != "exact":
-            raise ConfigError(
-                f"commit_mode is {config.commit_mode!r}: refined decoding is not part of this version; use 'exact'"
-            )
+        if config.recursive_enabled and config.commit_mode == "refined":
+            return self._refined(config)
         return ExactDecoder(
             self.backbone,
             draft=config.resolved_draft if config.recursive_enabled else "ar",
             chunk_width=config.chunk_width,
-            refine_slots=self.refine_slots,
-            embed_slots=self._embed_slots,
+            sidecar=self._parts(config) if config.recursive_enabled else None,
+            reset_all=config.recursive_enabled and config.cache_reset_policy == "reset_all",
         )
 
-    def _embed_slots(self, embeddings: Tensor, slots: Tensor) -> Tensor:
-        assert self.mask_token is not None, "slots are drafted by an enabled sidecar only"
-        return self.mask_token(embeddings, slots)
+    def _refined(self, config: RecursiveConfig) -> RefinedDecoder:
+        return RefinedDecoder(self.backbone, config, self._parts(config))
+
+    def _parts(self, config: RecursiveConfig) -> Sidecar:
+        assert self.boundary is not None and self.mask_token is not None, "an enabled sidecar has all its parts"
+        return Sidecar(self._cell_of, self.boundary, self.latent_token, self.mask_token, config.pooling)
 
     @torch.no_grad()
     def generate_chunks(
@@ -189,6 +194,14 @@ class ChunkRefineWrapper(nn.Module):
         new = [[*result.tokens, *[fill] * (longest - len(result.tokens))] for result in results]
         return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **arguments: Any) -> Any:
+        """transformers' `generate`, decoded in chunks: its arguments and results, and what `door.generate` adds."""
+        return door.generate(self, self.base, inputs, generation_config, **arguments)
+
+    def as_custom_generate(self, streamer: door.Streamer | None = None) -> door.Door:
+        """What the base's own `generate` takes as `custom_generate=` to decode in chunks; see `door.Door`."""
+        return door.Door(self, self.base, streamer)
+
     def begin(self, batch: Batch) -> None:
         """Nothing is carried from batch to batch."""
 
@@ -209,9 +222,9 @@ class ChunkRefineWrapper(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:
-        """Log-probabilities as exact decoding sees them: verify passes over W tokens behind a committed prefix."""
-        if self.config.recursive_enabled and self.config.commit_mode != "exact":
-            raise CannotScore(f"commit_mode {self.config.commit_mode!r} can't be scored in this version; use 'exact'")
+        """Leak-free log-probabilities: the base's in exact mode, from verify passes over W tokens; see scoring.py."""
+        if self.config.recursive_enabled and self.config.commit_mode == "refined":
+            return score_refined(self._refined(self.config), batch)
         return score_in_chunks(self.backbone, batch, width=self.config.chunk_width)
 
     def optim_groups(self) -> list[dict[str, Any]]:
@@ -271,8 +284,9 @@ class ChunkRefineWrapper(nn.Module):
         return num_slots * sum(cell.flops_per_token for cell in cells if cell is not None)
 
     def state_bytes(self, *, context: int) -> int:
-        """The base's cache: the sidecar keeps nothing between passes in exact mode."""
-        return row_state_bytes(self.backbone, context=context)
+        """The base's cache, and the refine states where they are carried from chunk to chunk."""
+        states = len(self.plan.layers) * self.config.d_state if self.plan and self.config.carry_state else 0
+        return row_state_bytes(self.backbone, context=context) + states * self.backbone.dtype.itemsize
 
     def describe(self) -> dict[str, str | int | float]:
         """What was grafted and what it costs, by label, for people to read; FLOPs count 2 per multiply-add."""

@@ -172,6 +172,11 @@ class TestMessages:
                 "phase c changes the base, whose output commit_mode exact promises; "
                 "set commit_mode to refined, or phase to a or b",
             ),
+            (
+                RecursiveConfig(cache_reset_policy="keep_all"),
+                "cache_reset_policy keep_all lets a pass see what others left, and then its output isn't the base's; "
+                "set commit_mode to refined, or cache_reset_policy to keep_kda_recurrent_reset_mla",
+            ),
             (refined(draft="lookup"), "draft must be ar or mask in commit_mode refined, not lookup"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import count
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import ConfigError, RollbackError
-from deepen.core.types import Batch, Prompt
+from deepen.core.errors import RollbackError
+from deepen.core.types import Batch, Prompt, RowAdvance
 from deepen.data.tokenizer import byte_tokenizer
 from deepen.generate.events import RowResult
 from deepen.generate.loop import complete
@@ -21,11 +22,13 @@ from deepen.generate.plain import PlainDecoder
 from deepen.generate.sampling import BatchSampler, SamplingConfig
 from deepen.generate.scoring import score_at_once
 from deepen.generate.stop import StopConfig
+from deepen.methods.chunk import decoding as decoding_module
 from deepen.methods.chunk.config import RecursiveConfig
+from deepen.methods.chunk.decoding import ExactDecoder
 from deepen.methods.chunk.model import ChunkRefineWrapper
 
 BASES = ("llama", "qwen3", "nanochat")
-DRAFTS = ("ar", "lookup", "mask", "auto")
+DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto")
 NOISE_STD = 5.0
 TOKENIZER = byte_tokenizer()
 
@@ -38,12 +41,14 @@ def backbone(name: str) -> Backbone:
 
 
 @cache
-def wrapper(name: str, *, noise: bool, draft: str, chunk_width: int) -> ChunkRefineWrapper:
+def wrapper(
+    name: str, *, noise: bool, draft: str, chunk_width: int, policy: str = "keep_kda_recurrent_reset_mla"
+) -> ChunkRefineWrapper:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = ChunkRefineWrapper(
             backbone(name).model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16,
-            gate_hidden=16, layers_to_refine=(1, 3),
+            gate_hidden=16, layers_to_refine=(1, 3), cache_reset_policy=policy,
         )  # fmt: skip
         if noise:
             for tensor in model.saved_state().values():
@@ -83,8 +88,12 @@ def outcome(results: Sequence[RowResult]) -> list[tuple[list[int], str, str | No
     name=st.sampled_from(BASES),
     noise=st.booleans(),
     draft=st.sampled_from(DRAFTS),
-    chunk_width=st.integers(1, 64),
-    rows=st.lists(st.one_of(prompts, loops), min_size=1, max_size=3),
+    chunk_width=st.one_of(st.integers(1, 16), st.integers(1, 128)),
+    policy=st.sampled_from(["keep_kda_recurrent_reset_mla", "reset_all"]),
+    rows=st.one_of(
+        st.lists(st.one_of(prompts, loops), min_size=1, max_size=3),
+        st.lists(st.one_of(prompts, loops), min_size=8, max_size=8),
+    ),
     sampling=samplings,
     stop=stops,
 )
@@ -93,16 +102,18 @@ def test_any_sidecar_any_draft_gives_the_plain_output(
     noise: bool,
     draft: str,
     chunk_width: int,
+    policy: str,
     rows: list[list[int]],
     sampling: SamplingConfig,
     stop: StopConfig,
 ) -> None:
     options = {"sampling": sampling, "stop": stop, "tokenizer": TOKENIZER}
     plain = complete(PlainDecoder(backbone(name)), rows, **options)
-    exact = complete(wrapper(name, noise=noise, draft=draft, chunk_width=chunk_width), rows, **options)
+    model = wrapper(name, noise=noise, draft=draft, chunk_width=chunk_width, policy=policy)
+    exact = complete(model, rows, **options)
     assert outcome(exact) == outcome(plain)
     for result in exact:
-        assert result.passes <= max(len(result.tokens), 1)
+        assert result.passes <= max(len(result.tokens), 1) or policy == "reset_all"
         assert all(count <= chunk_width for count in result.commits)
 
 
@@ -167,15 +178,98 @@ def test_copied_drafts_are_accepted_where_text_repeats() -> None:
     assert result.tokens_per_pass > 1.2
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_leftovers_are_what_the_base_predicted_behind_its_last_draft(name: str) -> None:
+    """The plain oracle reads the whole text and the draft anew, and keeps what the base says of each place."""
+    width, rows = 6, [[5, 9, 2, 7], [1, 2, 3] * 6, [250]]
+    model, base = wrapper(name, noise=False, draft="jacobi", chunk_width=width), backbone(name)
+    decoding, sampler = model.open(Prompt(tuple(map(tuple, rows)), 20)), BatchSampler([SamplingConfig()] * 3)
+    books: list[dict[int, int]] = [{} for _ in rows]
+    left_over = 0
+    while all(decoding.room(row) > width for row in range(3)):
+        before = [list(ids) for ids in decoding.rows]
+        expected = [
+            [book.get(place, ids[-1]) for place in range(len(ids), len(ids) + width - 1)]
+            for ids, book in zip(before, books, strict=True)
+        ]
+        left_over += sum(len(ids) in book for ids, book in zip(before, books, strict=True))
+        drafts = [guess.propose(ids, width - 1) for guess, ids in zip(decoding.guesses, before, strict=True)]
+        assert [list(draft.tokens) for draft in drafts] == expected
+        gained = model.advance(decoding, sampler).rows
+        assert {(row.source, row.drafted) for row in gained} == {("jacobi", width - 1)}
+        for row, (ids, draft) in enumerate(zip(before, expected, strict=True)):
+            text = torch.tensor([[*ids, *draft]])
+            with torch.no_grad():
+                logits = base.run(text, base.new_cache(batch_size=1, capacity=text.shape[1]))
+            books[row] = dict(enumerate(logits[0].argmax(dim=-1).tolist(), start=1))
+    assert left_over > 3
+
+
+def test_leftovers_are_accepted_where_text_becomes_predictable() -> None:
+    model = wrapper("nanochat", noise=False, draft="jacobi", chunk_width=8)
+    result = complete(model, [[1, 2, 3] * 6], stop=StopConfig(max_new_tokens=40))[0]
+    assert result.accepted["jacobi"] > 0
+    assert result.passes < len(result.tokens)
+
+
+def timed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this clock all passes take as long, so that width costs nothing."""
+    ticks = count()
+    monkeypatch.setattr(decoding_module, "perf_counter", lambda: float(next(ticks)))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_auto_fills_slots_beside_copies_where_width_costs_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_alike(monkeypatch)
+    rows, stop = [[5, 6, 7, 8], [1, 2, 3] * 6, [200]], StopConfig(max_new_tokens=150)
+    plain = complete(PlainDecoder(backbone(name)), rows, stop=stop)
+    exact = complete(wrapper(name, noise=True, draft="auto", chunk_width=8), rows, stop=stop)
+    assert outcome(exact) == outcome(plain)
+    assert sum(result.drafted["mask"] for result in exact) > 0
+    assert sum(result.drafted["lookup"] for result in exact) > 0
+
+
+def advances_of_a_prophet(prompt: list[int], num_new: int, draft: str) -> list[RowAdvance]:
+    """What a sidecar commits whose slots know the tokens that the base would have there; W is 8."""
+    base = backbone("llama")
+    truth = prompt + complete(PlainDecoder(base), [prompt], stop=StopConfig(max_new_tokens=num_new))[0].tokens
+
+    def foresee(embeddings: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        start = len(decoding.rows[0])
+        coming = torch.tensor(truth[start : start + int(slots.sum())])
+        return embeddings.masked_scatter(slots[..., None], base.embedding(coming))
+
+    decoder = ExactDecoder(
+        base, draft=draft, chunk_width=8, refine_slots=lambda _layer, h, _slots: h, embed_slots=foresee
+    )
+    decoding = decoder.open(Prompt((tuple(prompt),), num_new))
+    sampler, advances = BatchSampler([SamplingConfig()]), []
+    while decoding.room(0) > 0:
+        advances += decoder.advance(decoding, sampler).rows
+    assert decoding.rows == [truth]
+    return advances
+
+
+def test_slots_propose_each_for_its_own_place() -> None:
+    advances = advances_of_a_prophet([5, 6, 7, 8], 45, "mask")
+    assert [len(advance.tokens) for advance in advances] == [1, 8] * 5
+    assert [advance.accepted for advance in advances] == [0, 7] * 5
+
+
+def test_auto_finds_a_sidecar_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_alike(monkeypatch)
+    advances = advances_of_a_prophet([5, 6, 7, 8], 180, "auto")
+    assert sum(advance.accepted for advance in advances if advance.source == "mask") > 80
+    assert [len(advance.tokens) for advance in advances[-4:-2]] in ([1, 8], [8, 1])
+
+
 def test_a_trained_sidecar_is_what_drafts_come_from() -> None:
     """Slots see the sidecar: other cells and another slot embedding propose other tokens."""
 
     def proposals(model: ChunkRefineWrapper) -> tuple[int, ...]:
         decoding = model.open(Prompt(((5, 6, 7, 8),), 20))
         model.advance(decoding, BatchSampler([SamplingConfig()]))
-        pending = decoding.pending[0]
-        assert pending is not None
-        return pending.tokens
+        return decoding.pending[0].tokens
 
     untrained = wrapper("llama", noise=False, draft="mask", chunk_width=8)
     assert proposals(untrained) == proposals(untrained)
@@ -286,16 +380,6 @@ def test_generate_chunks_reproduces_a_row_by_its_seed() -> None:
     assert torch.equal(both[1:], model.generate_chunks(ids[1:], seed=6, **settings))
 
 
-def test_what_this_version_lacks_is_refused_with_a_way_out() -> None:
-    base = tiny.build("llama")
-    refined = ChunkRefineWrapper(base, RecursiveConfig(recursive_enabled=True, commit_mode="refined"))
-    with pytest.raises(ConfigError, match=r"'refined'.*use 'exact'"):
-        refined.open(Prompt(((1, 2),), 4))
-    jacobi = ChunkRefineWrapper(base, RecursiveConfig(recursive_enabled=True, draft="jacobi"))
-    with pytest.raises(ConfigError, match=r"draft 'jacobi'.*ar, lookup, auto, mask"):
-        jacobi.open(Prompt(((1, 2),), 4))
-
-
 def test_a_recurrent_base_decodes_plainly_and_refuses_drafts_asked_for() -> None:
     base = Backbone.attach(tiny.build("kimi_linear"))
     stop = StopConfig(max_new_tokens=10)
@@ -305,5 +389,6 @@ def test_a_recurrent_base_decodes_plainly_and_refuses_drafts_asked_for() -> None
     for draft in ("auto", "ar"):
         model = ChunkRefineWrapper(base.model, replace(config, draft=draft))
         assert complete(model, prompt, stop=stop)[0].tokens == plain
-    with pytest.raises(RollbackError, match="recurrent state"):
-        complete(ChunkRefineWrapper(base.model, replace(config, draft="lookup")), prompt, stop=stop)
+    for draft in ("lookup", "jacobi"):
+        with pytest.raises(RollbackError, match="recurrent state"):
+            complete(ChunkRefineWrapper(base.model, replace(config, draft=draft)), prompt, stop=stop)

@@ -1,0 +1,144 @@
+"""Passes with the sidecar on, behind the prefix: over chunks that are refined, or over slots that draft.
+
+Letters: B rows, W positions of the longest chunk, D hidden size, S size of a refine state, V vocabulary, L longest
+length the boundary head can name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepen.backbones.cache import PrefixCache
+from deepen.backbones.hf import Backbone
+from deepen.generate.verify import pad_rows
+from deepen.methods.chunk.config import Pooling
+from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell, sanitize
+
+# The refine state `[B, S]` of each refined layer, by its index.
+States = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What passes need of a sidecar; `cell_of(layer)` is None for a layer without a cell."""
+
+    cell_of: Callable[[int], RefineCell | None]
+    boundary: BoundaryHead
+    latent_token: LatentToken | None
+    mask_token: MaskToken
+    pooling: Pooling
+
+
+@dataclass(frozen=True)
+class RefinedPass:
+    """What one pass says.
+
+    logits       `[B, W, V]`: entry i of a row decides its chunk's position i + 1
+    edge         `[B, D]`, the normed top of the stack at each row's right edge: [Z], or its last token without one
+    p_commit     `[B]`, the boundary head's probability that the chunk should be committed now
+    length       `[B, L + 1]`, its log-probabilities of the lengths 0 .. L
+    states       the refine states for the next pass
+
+    A row without a chunk keeps its states, and what else it has means nothing.
+    """
+
+    logits: Tensor
+    edge: Tensor
+    p_commit: Tensor
+    length: Tensor
+    states: States
+
+
+@torch.no_grad()
+def run_slots(
+    backbone: Backbone, sidecar: Sidecar, cache: PrefixCache, rows: Sequence[Sequence[int]], num_slots: Sequence[int]
+) -> Tensor:
+    """Logits `[B, W, V]` of a pass over `rows` whose last `num_slots[row]` positions are slots; cells act on those.
+
+    Nothing is committed. What isn't a slot is as in a clean pass, bit for bit.
+    """
+    widths = torch.tensor([len(row) for row in rows], device=backbone.device)
+    ids = pad_rows(rows, backbone.device)
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    firsts = widths - torch.tensor(num_slots, device=ids.device)
+    slots = (positions >= firsts[:, None]) & (positions < widths[:, None])
+
+    def edit(layer: int, h: Tensor) -> Tensor:
+        return refine_slots(sidecar.cell_of(layer), h, slots, sidecar.pooling)
+
+    embeddings = sidecar.mask_token(backbone.embedding(ids), slots)
+    return backbone.run(embeddings, cache, widths=widths.tolist(), edit=edit)
+
+
+def refine_slots(cell: RefineCell | None, h: Tensor, slots: Tensor, pooling: Pooling) -> Tensor:
+    """A layer's output `[B, W, D]` with its cell, if it has one, acting on `slots` `[B, W]`.
+
+    Everything but the slots comes back bit-equal. A slot that isn't finite becomes zero, at every layer: weighed
+    with zero by a masked softmax further up, infinity would still spread as NaN.
+    """
+    if cell is not None:
+        device = cell.out.weight.device
+        h = cell.refine(h.to(device), mask=slots.to(device), pooling=pooling).to(h.device)
+    return sanitize(h, slots.to(h.device))
+
+
+def run_refined(
+    backbone: Backbone,
+    sidecar: Sidecar,
+    cache: PrefixCache,
+    chunks: Sequence[Sequence[int]],
+    states: States,
+    edge: Tensor | None,
+) -> RefinedPass:
+    """Run a pass over `chunks` (an empty one takes no part), from the states and right edges of the pass before.
+
+    `states` lacks a layer, and `edge` is None, before the first pass. Nothing is committed. Needs a cache whose passes
+    can be forgotten.
+    """
+    lengths = torch.tensor([len(chunk) for chunk in chunks], device=backbone.device)
+    ids = pad_rows(chunks, backbone.device)
+    embeddings = backbone.embedding(ids)
+    widths = lengths
+    if sidecar.latent_token is not None:
+        latent = sidecar.latent_token.embed(len(chunks), base_embedding_weight=backbone.embedding_weight, top=edge)
+        embeddings = _with_latent(embeddings, lengths, latent)
+        widths = torch.where(lengths > 0, lengths + 1, 0)
+    positions = torch.arange(embeddings.shape[1], device=backbone.device)
+    moved: dict[int, Tensor] = {}
+    top: list[Tensor] = []
+
+    def edit(layer: int, h: Tensor) -> Tensor:
+        cell = sidecar.cell_of(layer)
+        if cell is not None:
+            h, moved[layer] = _refine(cell, h, states.get(layer), positions < lengths[:, None], widths, sidecar.pooling)
+        if layer == backbone.num_layers - 1:
+            top.append(h)
+        return h
+
+    logits = backbone.run(embeddings, cache, widths=widths.tolist(), edit=edit)
+    last = (widths - 1).clamp(min=0).to(top[0].device)
+    at_edge = top[0][torch.arange(len(chunks), device=last.device), last]
+    right_edge = backbone.final_norm(at_edge[:, None])
+    p_commit, length = sidecar.boundary(right_edge)
+    return RefinedPass(logits, right_edge[:, 0], p_commit, length, moved)
+
+
+def _with_latent(embeddings: Tensor, lengths: Tensor, latent: Tensor) -> Tensor:
+    """`[B, W + 1, D]`: [Z] `[B, 1, D]` stands behind the last token of each row."""
+    is_latent = torch.arange(embeddings.shape[1] + 1, device=embeddings.device) == lengths[:, None]
+    return torch.where(is_latent[..., None], latent, F.pad(embeddings, (0, 0, 0, 1)))
+
+
+def _refine(
+    cell: RefineCell, h: Tensor, state: Tensor | None, in_chunk: Tensor, widths: Tensor, pooling: Pooling
+) -> tuple[Tensor, Tensor]:
+    """Layer output `[B, W, D]` refined where `in_chunk`, and the next state, which reads [Z] too; on h's device."""
+    device = cell.out.weight.device
+    here = h.to(device)
+    state = cell.initial_state(here) if state is None else state
+    refined = cell.refine(here, state, in_chunk.to(device), pooling)
+    read = torch.arange(h.shape[1], device=device) < widths.to(device)[:, None]
+    return refined.to(h.device), cell.next_state(refined, state, read)
