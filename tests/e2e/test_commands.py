@@ -385,7 +385,7 @@ class TestGenerate:
         assert out.removesuffix("\n") == plain_text(base, PROMPT, 10).removesuffix("\n")
         assert "deepen" not in err
 
-    @pytest.mark.parametrize("draft", ["ar", "lookup", "mask", "auto"])
+    @pytest.mark.parametrize("draft", ["ar", "lookup", "jacobi", "mask", "auto"])
     def test_an_adapter_says_what_its_base_says(self, llama, draft, capsys):
         arguments = ["--prompt", PROMPT, "--no-chat", "--max-new-tokens", "24", "--set", f"draft={draft}"]
         assert said(capsys, "generate", str(llama), *arguments)[0].removesuffix("\n") == plain_text(

@@ -16,6 +16,7 @@ _METHOD = "chunk"
 _PRESET = "after_surgery"
 _GENERATE = "transformers generate"
 _PROMPT_LOOKUP = "transformers prompt lookup"
+_AUTO = "exact, auto, W 16"
 _WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
 
 
@@ -52,8 +53,10 @@ def run(options: Options) -> int:
     print_facts(machine, title="machine")
     passes = bench.passes()
     print_table(("width", "ms a pass", "against width 1"), passes)
-    lines, agreements = bench.decoding()
+    prices = {width: relative for width, _, relative in passes}
+    lines, agreements, sources = bench.decoding(prices)
     print_table(("domain", "path", "tokens/pass", "ms a token", "against plain", "against generate"), _shown(lines))
+    print_table(("domain", "path", "passes by source", "tokens a priced pass", "regret"), _shown_sources(sources))
     print_facts(agreements, title="tokens equal to plain decoding")
     write_json(
         options.out,
@@ -62,6 +65,7 @@ def run(options: Options) -> int:
             "machine": machine,
             "passes": [dict(zip(("width", "ms", "relative"), row, strict=True)) for row in passes],
             "decoding": lines,
+            "sources": sources,
             "agreement": agreements,
         },
     )
@@ -121,8 +125,10 @@ class _Bench:
         ms = {width: median(times) * 1e3 for width, times in seconds.items()}
         return [(width, round(each, 2), round(each / ms[1], 3)) for width, each in ms.items()]
 
-    def decoding(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """One line a domain and path, and by path whether its tokens are plain decoding's."""
+    def decoding(
+        self, prices: Mapping[int, float]
+    ) -> tuple[list[dict[str, Any]], dict[str, str], list[dict[str, Any]]]:
+        """One line a domain and path; by path whether its tokens are plain decoding's; passes by source, priced."""
         from deepen.evaluate.speed import time_paths
 
         paths = self._paths()
@@ -130,13 +136,15 @@ class _Bench:
         total = len(prompts) * len(paths) * (self._options.rounds + 1)
         with progress("answers", total=total) as done:
             timings = time_paths(paths, prompts, rounds=self._options.rounds, done=done)
-        lines = []
+        lines: list[dict[str, Any]] = []
+        sources: list[dict[str, Any]] = []
         start = 0
         for domain, of_domain in self._prompts.items():
             chosen = timings[start : start + len(of_domain)]
             start += len(of_domain)
             lines += [self._line(domain, name, chosen) for name in paths]
-        return lines, self._agreements(prompts, timings, paths)
+            sources += _sources(domain, chosen, prices)
+        return lines, self._agreements(prompts, timings, paths), sources
 
     def _paths(self) -> dict[str, Any]:
         from deepen.core.registry import get
@@ -153,7 +161,7 @@ class _Bench:
         models = {
             "exact, lookup, W 8": grafted(draft="lookup", chunk_width=8),
             "exact, lookup, W 16": grafted(draft="lookup", chunk_width=16),
-            "exact, auto, W 16": grafted(draft="auto", chunk_width=16),
+            _AUTO: grafted(draft="auto", chunk_width=16),
         }
         return {
             _GENERATE: transformers_path(self._theirs, self._stop),
@@ -163,17 +171,12 @@ class _Bench:
         }
 
     def _line(self, domain: str, path: str, timings: Sequence[Mapping[str, "Timing"]]) -> dict[str, Any]:
-        from deepen.evaluate.speed import counted_cost, ratios
+        from deepen.evaluate.speed import path_figures, ratios
 
-        per_pass = counted_cost(timings, path=path)
         return {
             "domain": domain,
             "path": path,
-            "prompts": len(timings),
-            "tokens": sum(len(timing[path].answered.tokens) for timing in timings),
-            "tokens_per_pass": None if per_pass is None else round(per_pass, 3),
-            "ms_per_token": round(sum(t[path].seconds_per_token for t in timings) / len(timings) * 1e3, 2),
-            "against_plain": {k: round(v, 3) for k, v in ratios(timings, path=path, against="plain").items()},
+            **path_figures(timings, path=path),
             "against_generate": {k: round(v, 3) for k, v in ratios(timings, path=path, against=_GENERATE).items()},
         }
 
@@ -191,6 +194,38 @@ class _Bench:
             others = [str(agreement) for agreement in found if not agreement.equal]
             verdicts[name] = "; ".join([f"{len(found) - len(others)} of {len(found)} equal", *others])
         return verdicts
+
+
+def _sources(
+    domain: str, timings: Sequence[Mapping[str, "Timing"]], prices: Mapping[int, float]
+) -> list[dict[str, Any]]:
+    """A line for each path that tells its passes; that of the adaptive one says what choosing lost."""
+    from deepen.evaluate.sources import counted_passes, regret
+
+    ours = [path for path, timing in timings[0].items() if timing.answered.passes_by_source]
+    fixed = [path for path in ours if path != _AUTO]
+    return [
+        {
+            "domain": domain,
+            "path": path,
+            **counted_passes(timings, prices, path=path),
+            **(regret(timings, prices, path=_AUTO, fixed=fixed) if path == _AUTO else {}),
+        }
+        for path in ours
+    ]
+
+
+def _shown_sources(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            line["domain"],
+            line["path"],
+            ", ".join(f"{source} {count}" for source, count in line["passes_by_source"].items()),
+            f"{line['tokens_per_priced_pass']:.2f}",
+            "" if line.get("regret") is None else f"{line['regret']:+.1%} against {line['best_fixed']}",
+        )
+        for line in lines
+    ]
 
 
 def _shown(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:

@@ -1,18 +1,20 @@
 """deepen evaluate"""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepen.cli.options import Model
-from deepen.cli.output import print_facts, progress
+from deepen.cli.options import Model, OptionalInteger, OptionalName
+from deepen.cli.output import print_facts, print_table, progress, quantity
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure how well a model predicts documents, at one stage of its surgery.
+    """Measure a model at one stage of its surgery: how well it predicts documents, what it answers, what that costs.
 
-    Prints perplexity, bits per byte and accuracy, and writes them with all that led to them to
-    OUTPUT_DIR/STAGE_results.json. A scorer that sees the tokens it predicts is refused.
+    Prints perplexity, bits per byte, accuracy and what greedy answers to fixed prompts cost, and writes them with all
+    that led to them to OUTPUT_DIR/STAGE_results.json, for `deepen compare`. A scorer that sees the tokens it predicts
+    is refused.
     """
 
     model: Model
@@ -33,8 +35,32 @@ class Options:
     max_length: int = 1024
     """Tokens to read of one document, at most."""
 
+    max_samples: OptionalInteger = None
+    """Documents to read, at most."""
+
+    first_scored: int = 32
+    """The first token of a document to score, from 0; those before it are read."""
+
+    max_new_tokens: int = 64
+    """Tokens of each greedy answer, at most; 0 asks no prompt."""
+
+    speed: bool = False
+    """Time the answers, too: plain decoding and the method's, interleaved, by domain."""
+
+    rounds: int = 5
+    """Times that --speed lets each path answer each prompt, after once unmeasured."""
+
     seed: int = 0
     """Of the bootstrap interval."""
+
+    dtype: OptionalName = None
+    """float32, bfloat16, float16 or float64; left out, float32 on a CPU and the model's own elsewhere."""
+
+    device: OptionalName = None
+    """cpu, cuda, cuda:1, mps; left out, an accelerator if there is one."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
 
     output_dir: str = "eval_results"
     """Where the results are written."""
@@ -45,14 +71,21 @@ def run(options: Options) -> int:
     from deepen.evaluate.stages import StageConfig, run_stage
 
     config = StageConfig.from_dict(asdict(options), source="options")
-    with progress("scoring tokens", total=config.max_tokens) as advance:
+    with progress("tokens read and written", total=config.num_tokens) as advance:
         results, path = run_stage(config, advance=advance)
     print_facts(_facts(results["figures"]), title=f"{config.model}, {config.stage}")
+    if results["generation"] is not None:
+        print_facts(_generation(results["generation"], results["left_out"]), title="greedy answers")
+    elif results["left_out"]:
+        print(f"no prompt fits into the model's context with max_new_tokens {config.max_new_tokens}")
+    if results["speed"] is not None:
+        print_table(("domain", "path", "tokens/pass", "ms a token", "against plain"), _speed(results["speed"]))
+    print_facts(_costs(results["ledger"], results["seconds"]), title="costs")
     print(f"written to {path}")
     return 0
 
 
-def _facts(figures: dict[str, Any]) -> dict[str, Any]:
+def _facts(figures: Mapping[str, Any]) -> dict[str, Any]:
     interval = figures["nll_interval_95"]
     return {
         "perplexity": figures["perplexity"],
@@ -64,3 +97,42 @@ def _facts(figures: dict[str, Any]) -> dict[str, Any]:
         "documents": figures["num_documents"],
         "perturbation test": f"passed: nothing before a changed token moved by more than {figures['largest_move']:g}",
     }
+
+
+def _generation(figures: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+    acceptance = figures["acceptance_by_source"]
+    facts = {
+        "answers": figures["num_answers"],
+        "tokens": figures["num_tokens"],
+        "tokens per pass": figures["tokens_per_pass"],
+        "tokens a second": figures["tokens_per_second"],
+        "accepted drafts by source": ", ".join(f"{source} {share:.1%}" for source, share in acceptance.items()) or None,
+        "distinct 2-grams": figures["distinct_2"],
+    }
+    if left_out:
+        facts["left out, as they don't fit into the context"] = ", ".join(left_out)
+    return facts
+
+
+def _costs(ledger: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "parameters": ledger["parameters_unique"],
+        "of these added": ledger["parameters_added"],
+        "FLOPs a token": quantity(ledger["flops_per_token_at_0"]),
+        "state of a row of 1,024 tokens": quantity(ledger["state_bytes_at_1024"], "B"),
+        "peak memory": quantity(ledger["peak_memory_bytes"], "B"),
+        "seconds": ", ".join(f"{part} {spent:.1f}" for part, spent in seconds.items()),
+    }
+
+
+def _speed(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            line["domain"],
+            line["path"],
+            line["tokens_per_pass"],
+            line["ms_per_token"],
+            "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**line["against_plain"]),
+        )
+        for line in lines
+    ]

@@ -25,6 +25,7 @@ VERBS = {
     "generate": "continue a prompt with any model or adapter",
     "train": "train a method's parameters as a run file says",
     "evaluate": "measure a model at one stage of its surgery",
+    "compare": "stages side by side: differences, costs, and whether the grafted model still is its base",
     "inspect": "what a model is made of and what a pass of it costs",
     "methods": "the methods there are, and their presets",
     "bench": "time plain and exact decoding against transformers, by domain",

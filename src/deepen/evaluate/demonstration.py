@@ -1,15 +1,12 @@
 """The parts of the main job on one model: graft, verify, answer, score. What prints them stands in the command line."""
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
 import torch
 
-import deepen
 from deepen.backbones import resolve
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import PromptError
@@ -18,6 +15,7 @@ from deepen.core.types import Batch
 from deepen.data.batches import batch_of, token_ids
 from deepen.data.split import documents
 from deepen.evaluate.agreement import Agreement, compare, widest_difference
+from deepen.evaluate.environment import environment
 from deepen.evaluate.prompts import PROMPTS, DomainPrompt
 from deepen.evaluate.scoring import FIRST_SCORED, evaluate
 from deepen.generate.events import Committed, RowResult
@@ -116,14 +114,7 @@ class Demonstration:
 
     def environment(self) -> dict[str, str | int]:
         """What figures depend on."""
-        return {
-            "deepen": deepen.__version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        }
+        return environment(self.backbone)
 
     def identity(self) -> dict[str, bool]:
         """What must hold of an untrained graft, by label; packs the linears on the way."""

@@ -15,7 +15,7 @@ class ChatTokenizer(Protocol):
         """The ids of a text."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The ids of a conversation."""
+        """A conversation as the template frames it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class DomainPrompt:
         if tokenizer.chat_template is None:
             return list(tokenizer.encode(self.text, verbose=False))
         turn = [{"role": "user", "content": self.text}]
-        return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+        framed = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        # The template has written the special tokens that belong there.
+        return list(tokenizer.encode(framed, add_special_tokens=False, verbose=False))
 
 
 _LETTER = """Dear Ms Okafor,

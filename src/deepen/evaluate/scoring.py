@@ -4,6 +4,7 @@ A figure is given only if the scorer passes a perturbation test first: a token t
 log-probability before it, and tokens that could stand in one place share a probability of one.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from torch import Tensor
 from deepen.core.errors import CannotScore
 from deepen.core.types import Batch, Score
 from deepen.data.batches import batch_of
+from deepen.evaluate.results import ScoredDocument
 from deepen.generate.detokenize import Detokenizer, Tokenizer
 
 # Leak-free log-probabilities of a batch, as `RecursiveModel.score` gives them.
 Scorer = Callable[[Batch], Score]
 
-# Tokens of a document before this one are read and not scored, whatever the model: the first chunk of a method that
-# works in chunks needs something to start from.
+# Unless asked otherwise, tokens of a document before this one are read and not scored, whatever the model: the first
+# chunk of a method that works in chunks needs something to start from.
 FIRST_SCORED = 32
 
 NUM_RESAMPLES = 1000
@@ -35,13 +37,11 @@ _ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """What one document adds up to."""
+class Measured:
+    """What was scored: the sums of each document, in order, and the figures over all of them."""
 
-    nll: float
-    num_tokens: int
-    num_correct: int
-    num_bytes: int
+    documents: tuple[ScoredDocument, ...]
+    figures: dict[str, Any]
 
 
 def evaluate(
@@ -50,9 +50,23 @@ def evaluate(
     *,
     tokenizer: Tokenizer,
     seed: int = 0,
+    first_scored: int = FIRST_SCORED,
     advance: Callable[[int], object] = lambda num_tokens: None,
 ) -> dict[str, Any]:
-    """Figures over all tokens from `FIRST_SCORED` on in batches whose rows are documents.
+    """The figures that `measure` gives."""
+    return measure(score, batches, tokenizer=tokenizer, seed=seed, first_scored=first_scored, advance=advance).figures
+
+
+def measure(
+    score: Scorer,
+    batches: Iterable[Batch],
+    *,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    first_scored: int = FIRST_SCORED,
+    advance: Callable[[int], object] = lambda num_tokens: None,
+) -> Measured:
+    """Sums and figures over all tokens from `first_scored` on in batches whose rows are documents.
 
     `advance` is called with the number of tokens of each batch that is done.
 
@@ -71,12 +85,14 @@ def evaluate(
     """
     given = list(batches)
     with torch.no_grad():
-        largest_move = require_causal(score, _guard_row(given))
-        documents: list[_Sums] = []
+        largest_move = require_causal(score, guard_row(given, first_scored=first_scored))
+        documents: list[ScoredDocument] = []
         for batch in given:
-            documents += _sums_of_rows(score(batch), batch, tokenizer)
+            documents += _sums_of_rows(score(batch), batch, tokenizer, first_scored)
             advance(int(batch.lengths.sum()))
-    return {**_figures(documents, seed), "largest_move": largest_move}
+    if not documents:
+        raise CannotScore(f"the model has no log-probability for any token from {first_scored} on; start earlier")
+    return Measured(tuple(documents), {**_figures(documents, seed), "largest_move": largest_move})
 
 
 def require_causal(score: Scorer, row: Sequence[int]) -> float:
@@ -131,28 +147,35 @@ def _require_one_distribution(place: int, scores: Sequence[Score]) -> None:
         )
 
 
-def _guard_row(batches: Sequence[Batch]) -> list[int]:
-    """The beginning of the first document that can be scored."""
+def guard_row(batches: Sequence[Batch], *, first_scored: int = FIRST_SCORED) -> list[int]:
+    """The beginning of the first document that has a token to score, and two different ids."""
     for batch in batches:
         for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True):
-            row = ids[: min(length, _GUARD_LENGTH)]
-            if length > FIRST_SCORED and len(set(row)) > 1:
+            row = ids[: min(length, max(_GUARD_LENGTH, first_scored + 1))]
+            if length > first_scored and len(set(row)) > 1:
                 return list(row)
     raise CannotScore(
-        f"no document has more than {FIRST_SCORED} tokens, where scoring starts; give longer documents or more tokens"
+        f"no document has more than {first_scored} tokens, where scoring starts; give longer documents or more tokens"
     )
 
 
-def _sums_of_rows(score: Score, batch: Batch, tokenizer: Tokenizer) -> list[_Sums]:
+def document_id(ids: Sequence[int]) -> str:
+    """A digest of a document's tokens, those before the first scored one included."""
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def _sums_of_rows(score: Score, batch: Batch, tokenizer: Tokenizer, first_scored: int) -> list[ScoredDocument]:
     """Of the rows that have a token to score."""
-    counted = score.scored & (torch.arange(score.scored.shape[1]) >= FIRST_SCORED)
+    counted = score.scored & (torch.arange(score.scored.shape[1]) >= first_scored)
     documents = []
     for row, length in enumerate(batch.lengths.tolist()):
         mask = counted[row]
         if mask.any():
-            num_bytes = _bytes_of_tokens(batch.input_ids[row, :length].tolist(), tokenizer)
+            ids = batch.input_ids[row, :length].tolist()
+            num_bytes = _bytes_of_tokens(ids, tokenizer)
             documents.append(
-                _Sums(
+                ScoredDocument(
+                    id=document_id(ids),
                     nll=-float(score.log_probs[row][mask].double().sum()),
                     num_tokens=int(mask.sum()),
                     num_correct=int(score.correct[row][mask].sum()),
@@ -170,7 +193,7 @@ def _bytes_of_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     return num_bytes
 
 
-def _figures(documents: Sequence[_Sums], seed: int) -> dict[str, Any]:
+def _figures(documents: Sequence[ScoredDocument], seed: int) -> dict[str, Any]:
     nll = torch.tensor([document.nll for document in documents], dtype=torch.float64)
     tokens = torch.tensor([document.num_tokens for document in documents], dtype=torch.float64)
     num_tokens = sum(document.num_tokens for document in documents)

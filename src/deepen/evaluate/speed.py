@@ -10,6 +10,7 @@ import torch
 
 from deepen.backbones.hf import Backbone
 from deepen.core.method import Decoder
+from deepen.evaluate.recording import Recorder, passes_by_source
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.stop import StopConfig
@@ -17,10 +18,14 @@ from deepen.generate.stop import StopConfig
 
 @dataclass(frozen=True)
 class Answered:
-    """What one path said to one prompt; `passes` is None where the path doesn't tell."""
+    """What one path said to one prompt; `passes` is None where the path doesn't tell.
+
+    `passes_by_source` has the same passes by draft source and width.
+    """
 
     tokens: list[int]
     passes: int | None
+    passes_by_source: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
 
 # Continues a prompt's ids greedily.
@@ -44,8 +49,9 @@ def decoder_path(decoder: Decoder, stop: StopConfig) -> Path:
     """Decoding by one of ours."""
 
     def run(ids: Sequence[int]) -> Answered:
-        result = complete(decoder, [ids], stop=stop)[0]
-        return Answered(result.tokens, result.passes)
+        recorder = Recorder(decoder)
+        result = complete(recorder, [ids], stop=stop)[0]
+        return Answered(result.tokens, result.passes, passes_by_source(recorder.advances))
 
     return run
 
@@ -119,6 +125,18 @@ def counted_cost(timings: Sequence[Mapping[str, Timing]], *, path: str) -> float
     if any(count is None for count in passes):
         return None
     return sum(len(answer.tokens) for answer in answers) / sum(count for count in passes if count is not None)
+
+
+def path_figures(timings: Sequence[Mapping[str, Timing]], *, path: str) -> dict[str, Any]:
+    """What a table says of one path on these prompts: tokens per pass, milliseconds a token, ratio to plain."""
+    per_pass = counted_cost(timings, path=path)
+    return {
+        "prompts": len(timings),
+        "tokens": sum(len(timing[path].answered.tokens) for timing in timings),
+        "tokens_per_pass": None if per_pass is None else round(per_pass, 3),
+        "ms_per_token": round(sum(t[path].seconds_per_token for t in timings) / len(timings) * 1e3, 2),
+        "against_plain": {k: round(v, 3) for k, v in ratios(timings, path=path, against="plain").items()},
+    }
 
 
 @torch.no_grad()

@@ -1,37 +1,55 @@
-"""One stage of an evaluation: a model, documents, figures, and a file that says exactly what was measured."""
+"""One stage of an evaluation: a model, documents, prompts, figures, and a file that says exactly what was measured."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, get_args
 
+import torch
+
+from deepen import __version__
 from deepen.checkpoint import Opened, open_model
 from deepen.core.config import Config
 from deepen.core.errors import CannotScore, DeepenError
 from deepen.core.files import write_json
 from deepen.core.hints import did_you_mean
+from deepen.core.method import RecursiveModel
 from deepen.core.types import Batch
 from deepen.data.batches import batch_of, document_rows
 from deepen.data.split import Split, documents, split_of
 from deepen.data.text import corpus
-from deepen.evaluate.scoring import FIRST_SCORED, Scorer, evaluate
-from deepen.generate.scoring import score_at_once
+from deepen.evaluate.agreement import widest_difference
+from deepen.evaluate.answers import answer_all, fitting
+from deepen.evaluate.environment import environment, peak_memory_bytes
+from deepen.evaluate.ledger import flops_of, ledger
+from deepen.evaluate.metrics import generation_figures
+from deepen.evaluate.prompts import PROMPTS, Domain, DomainPrompt
+from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, BaseOfStage, StageResults
+from deepen.evaluate.scoring import FIRST_SCORED, Measured, Scorer, guard_row, measure
+from deepen.evaluate.speed import our_paths, path_figures, time_paths
+from deepen.generate.plain import PlainDecoder
+from deepen.generate.scoring import score_at_once, score_in_chunks
+from deepen.generate.stop import StopConfig
+from deepen.generate.verify import PREFILL_WIDTH
 
-STAGES = ("baseline", "after_surgery")
-LATER_STAGES = ("finetuned_vanilla", "finetuned_recursive")
+STAGES = STAGE_NAMES[:2]
+LATER_STAGES = STAGE_NAMES[2:]
 
 _NUM_LOOKED_AT = 1000
+_CHECKED_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class StageConfig(Config):
     """What to measure on what.
 
-    `baseline` is the base model alone, read by its own forward; for an adapter folder that is the adapter's base.
-    `after_surgery` is the adapter, read as its method scores.
+    `baseline` is the base model alone, read as plain decoding reads it; for an adapter folder that is the adapter's
+    base. `after_surgery` is the adapter, read as its method scores.
     """
 
     # A base model's address or an adapter folder.
@@ -43,8 +61,21 @@ class StageConfig(Config):
     # Tokens read in all; the last document is cut to fit. Of a document at most `max_length`, or the model's context.
     max_tokens: int = 20_000
     max_length: int = 1024
+    # Documents read, at most; null is as many as `max_tokens` takes.
+    max_samples: int | None = None
+    # The first token of a document that is scored, counted from 0. Those before it are read.
+    first_scored: int = FIRST_SCORED
+    # Of each greedy answer, at most; 0 asks no prompt.
+    max_new_tokens: int = 64
+    # Time plain decoding and the method's, `rounds` times each prompt, interleaved.
+    speed: bool = False
+    rounds: int = 5
     # Of the bootstrap.
     seed: int = 0
+    # Null is float32 on a CPU and the model's own elsewhere; and an accelerator if there is one.
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
     output_dir: str = "eval_results"
 
     def validate(self) -> list[str]:
@@ -57,12 +88,29 @@ class StageConfig(Config):
             )
         elif self.stage not in STAGES:
             problems.append(f'unknown stage "{self.stage}"{did_you_mean(self.stage, STAGES)}')
+        if self.first_scored < 1:
+            problems.append(f"first_scored must be 1 or more, not {self.first_scored}: nothing predicts token 0")
         for name, value in (("max_tokens", self.max_tokens), ("max_length", self.max_length)):
-            if value <= FIRST_SCORED:
-                problems.append(f"{name} must be above {FIRST_SCORED}, where scoring starts, not {value}")
+            if value <= self.first_scored:
+                problems.append(f"{name} must be above {self.first_scored}, where scoring starts, not {value}")
+        if self.max_samples is not None and self.max_samples < 1:
+            problems.append(f"max_samples must be 1 or more, not {self.max_samples}")
+        if self.max_new_tokens < 0:
+            problems.append(f"max_new_tokens must be 0 or more, not {self.max_new_tokens}")
+        if self.speed and self.max_new_tokens == 0:
+            problems.append("speed times answers, and max_new_tokens 0 asks for none; raise it, or leave speed out")
+        if self.rounds < 1:
+            problems.append(f"rounds must be 1 or more, not {self.rounds}")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
         return problems
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that may be read and written in all, for whoever shows how far the work is."""
+        per_answer = len(PROMPTS) * self.max_new_tokens
+        num_paths = 1 if self.stage == "baseline" else 2
+        return self.max_tokens + per_answer + self.speed * per_answer * num_paths * (self.rounds + 1)
 
 
 def run_stage(
@@ -70,48 +118,198 @@ def run_stage(
 ) -> tuple[dict[str, Any], Path]:
     """The results of one stage and the file they are in, `{output_dir}/{stage}_results.json`.
 
-    `advance` is called with the number of tokens of each document that is done. Raises `DeepenError` for what can't be
-    measured: an adapter's stage asked of a plain base, a corpus without documents in the split, a scorer that sees
-    the future.
+    `advance` is called with the number of tokens of each document and answer that is done. Raises `DeepenError` for
+    what can't be measured: an adapter's stage asked of a plain base, a corpus without documents in the split, a scorer
+    that sees the future.
     """
     config.check()
-    opened = open_model(config.model)
-    score = _scorer(config, opened)
-    context = opened.backbone.context_length
-    length = config.max_length if context is None else min(config.max_length, context)
-    batches = _batches(config, opened, length)
-    figures = evaluate(score, batches, tokenizer=opened.tokenizer, seed=config.seed, advance=advance)
-    is_method = config.stage != "baseline"
-    results = {
-        "stage": config.stage,
-        "figures": figures,
-        "config": replace(config, max_length=length).to_dict(),
-        "base": vars(opened.identity),
-        "method": opened.method.name if is_method and opened.method else None,
-        "method_config": opened.model.config.to_dict() if is_method and opened.model else None,
-        "data": {"corpus": config.data, "split": config.split, "first_scored_token": FIRST_SCORED},
-        "seed": config.seed,
-    }
+    clock = _Clock()
+    with clock("loading"):
+        opened = open_model(
+            config.model,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            pack=True,
+        )
+    results = _Stage(config, opened, clock).run(advance).to_dict()
     path = Path(config.output_dir).expanduser() / f"{config.stage}_results.json"
     write_json(path, results)
     return results, path
 
 
-def _scorer(config: StageConfig, opened: Opened) -> Scorer:
+@dataclass
+class _Clock:
+    """Seconds by part of the work."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self.seconds[part] = perf_counter() - began
+
+
+class _Stage:
+    """The measurements of one stage, on an opened model."""
+
+    def __init__(self, config: StageConfig, opened: Opened, clock: _Clock) -> None:
+        self._opened, self._clock = opened, clock
+        self._backbone = opened.backbone
+        context = self._backbone.context_length
+        self._config = replace(config, max_length=min(config.max_length, context or config.max_length))
+        self._model = _model_of(config, opened)
+        self._stop = StopConfig(max_new_tokens=config.max_new_tokens, eos_ids=opened.eos_ids)
+        self._prompts = self._fitting_prompts()
+
+    def run(self, advance: Callable[[int], object]) -> StageResults:
+        """All of them."""
+        batches = _batches(self._config, self._opened)
+        with self._clock("scoring"):
+            measured = self._measured(batches, advance)
+        with self._clock("answers"):
+            answers = self._answers(advance)
+        with self._clock("checks"):
+            checks = self._checks(batches)
+        return self._results(measured, answers, checks, self._speed(advance) if self._config.speed else None)
+
+    def _measured(self, batches: list[Batch], advance: Callable[[int], object]) -> Measured:
+        config = self._config
+        return measure(
+            self._scorer(),
+            batches,
+            tokenizer=self._opened.tokenizer,
+            seed=config.seed,
+            first_scored=config.first_scored,
+            advance=advance,
+        )
+
+    def _scorer(self) -> Scorer:
+        if self._model is not None:
+            return self._model.score
+        # As plain decoding reads: the base's own forward computes with other kernels, whose rounding would hide
+        # whether a stage behind this one gives the base's very bits.
+        return partial(score_in_chunks, self._backbone, width=PREFILL_WIDTH)
+
+    def _fitting_prompts(self) -> list[DomainPrompt]:
+        if self._config.max_new_tokens == 0:
+            return []
+        return fitting(
+            PROMPTS,
+            self._opened.tokenizer,
+            context=self._backbone.context_length,
+            max_new_tokens=self._config.max_new_tokens,
+        )
+
+    def _answers(self, advance: Callable[[int], object]) -> list[Answer]:
+        decoder = self._model if self._model is not None else PlainDecoder(self._backbone)
+        return answer_all(
+            decoder,
+            self._prompts,
+            tokenizer=self._opened.tokenizer,
+            stop=self._stop,
+            flops=flops_of(self._backbone, self._model),
+            advance=advance,
+        )
+
+    @torch.no_grad()
+    def _checks(self, batches: list[Batch]) -> dict[str, float | None]:
+        row = guard_row(batches, first_scored=self._config.first_scored)[:_CHECKED_TOKENS]
+        checks: dict[str, float | None] = {
+            "pass_width_difference": widest_difference(self._backbone, row, width=len(row)),
+            "own_forward_difference": None,
+        }
+        if self._model is None:
+            ours, theirs = self._scorer()(batch_of([row])), score_at_once(self._backbone, batch_of([row]))
+            difference = (ours.log_probs - theirs.log_probs)[ours.scored]
+            checks["own_forward_difference"] = float(difference.abs().max())
+        return checks
+
+    def _speed(self, advance: Callable[[int], object]) -> tuple[dict[str, Any], ...]:
+        models = {} if self._model is None or self._opened.method is None else {self._opened.method.name: self._model}
+        paths = our_paths(self._backbone, models, self._stop)
+
+        def done(count: int) -> None:
+            advance(count * self._config.max_new_tokens)
+
+        lines = []
+        with self._clock("speed"):
+            for domain in get_args(Domain):
+                prompts = [prompt.encode(self._opened.tokenizer) for prompt in self._prompts if prompt.domain == domain]
+                timings = time_paths(paths, prompts, rounds=self._config.rounds, done=done)
+                if timings:
+                    lines += [{"domain": domain, "path": path, **path_figures(timings, path=path)} for path in paths]
+        return tuple(lines)
+
+    def _results(
+        self,
+        measured: Measured,
+        answers: list[Answer],
+        checks: dict[str, float | None],
+        speed: tuple[dict[str, Any], ...] | None,
+    ) -> StageResults:
+        config, opened = self._config, self._opened
+        method_config = None if self._model is None else self._model.config.to_dict()
+        return StageResults(
+            format=FORMAT,
+            deepen_version=__version__,
+            stage=config.stage,
+            base=BaseOfStage(**vars(opened.identity)),
+            method=opened.method.name if self._model is not None and opened.method is not None else None,
+            method_config=method_config,
+            exact=promises_the_base(method_config),
+            config=config.to_dict(),
+            data={"corpus": config.data, "split": config.split, "first_scored_token": config.first_scored},
+            seed=config.seed,
+            environment=environment(self._backbone),
+            figures=measured.figures,
+            documents=measured.documents,
+            answers=tuple(answers),
+            left_out=self._left_out(),
+            generation=_generation(answers, method_config),
+            speed=speed,
+            ledger={
+                **ledger(self._backbone, self._model),
+                "peak_memory_bytes": peak_memory_bytes(self._backbone.device),
+            },
+            checks=checks,
+            seconds=self._clock.seconds,
+        )
+
+    def _left_out(self) -> tuple[str, ...]:
+        if self._config.max_new_tokens == 0:
+            return ()
+        answered = {prompt.name for prompt in self._prompts}
+        return tuple(prompt.name for prompt in PROMPTS if prompt.name not in answered)
+
+
+def _generation(answers: list[Answer], method_config: dict[str, Any] | None) -> dict[str, Any] | None:
+    threshold = (method_config or {}).get("commit_threshold")
+    return generation_figures(answers, commit_threshold=threshold) if answers else None
+
+
+def promises_the_base(method_config: dict[str, Any] | None) -> bool:
+    """Whether the base's own output is promised, trained or not: what a method calls its commit mode says so."""
+    return method_config is not None and method_config.get("commit_mode") == "exact"
+
+
+def _model_of(config: StageConfig, opened: Opened) -> RecursiveModel | None:
+    """What the stage measures; None for the base alone."""
     if config.stage == "baseline":
-        return partial(score_at_once, opened.backbone)
+        return None
     if opened.model is None:
         raise CannotScore(
             f"{config.model} is a plain base model; stage {config.stage} measures an adapter folder, as `deepen graft` "
             "writes it (stage baseline measures the base)"
         )
-    return opened.model.score
+    return opened.model
 
 
-def _batches(config: StageConfig, opened: Opened, max_length: int) -> list[Batch]:
+def _batches(config: StageConfig, opened: Opened) -> list[Batch]:
     """A document a batch: nothing is padded, and no document's score depends on another's length."""
-    texts = documents(config.data, config.split)
-    rows = document_rows(texts, opened.tokenizer, max_length=max_length, max_tokens=config.max_tokens)
+    texts = islice(documents(config.data, config.split), config.max_samples)
+    rows = document_rows(texts, opened.tokenizer, max_length=config.max_length, max_tokens=config.max_tokens)
     batches = [batch_of([row]) for row in rows if row]
     if not batches:
         raise DeepenError(

@@ -1,0 +1,82 @@
+"""Greedy answers to the fixed prompts, with all that their decoding spent."""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+from deepen.core.method import Decoder
+from deepen.core.types import Advance
+from deepen.evaluate.ledger import PassFlops
+from deepen.evaluate.prompts import DomainPrompt
+from deepen.evaluate.recording import Recorder, drafted, judged_by_place, pass_widths, passes_by_source
+from deepen.evaluate.results import Answer
+from deepen.generate.loop import complete
+from deepen.generate.stop import StopConfig
+
+
+def fitting(
+    prompts: Sequence[DomainPrompt], tokenizer: Any, *, context: int | None, max_new_tokens: int
+) -> list[DomainPrompt]:
+    """Those whose tokens, with as many new ones, fit into a context."""
+    return [
+        prompt for prompt in prompts if context is None or len(prompt.encode(tokenizer)) + max_new_tokens <= context
+    ]
+
+
+def answer_all(
+    decoder: Decoder,
+    prompts: Sequence[DomainPrompt],
+    *,
+    tokenizer: Any,
+    stop: StopConfig,
+    flops: PassFlops,
+    advance: Callable[[int], object],
+) -> list[Answer]:
+    """An answer to each prompt, one after the other; `advance` is called with the most tokens each could have had."""
+    answers = []
+    for prompt in prompts:
+        answers.append(_answer(decoder, prompt, tokenizer, stop, flops))
+        advance(stop.max_new_tokens)
+    return answers
+
+
+def _answer(decoder: Decoder, prompt: DomainPrompt, tokenizer: Any, stop: StopConfig, flops: PassFlops) -> Answer:
+    ids = prompt.encode(tokenizer)
+    recorder = Recorder(decoder)
+    began = perf_counter()
+    result = complete(recorder, [ids], stop=stop, tokenizer=tokenizer)[0]
+    seconds = perf_counter() - began
+    advances = recorder.advances
+    judged, agreed = judged_by_place(advances)
+    return Answer(
+        prompt=prompt.name,
+        domain=prompt.domain,
+        num_prompt_tokens=len(ids),
+        tokens=tuple(result.tokens),
+        text=result.text,
+        reason=result.reason,
+        seconds=seconds,
+        passes=sum(each.spent.passes for each in advances),
+        positions=sum(each.spent.positions for each in advances),
+        flops=_flops(advances, len(ids), flops),
+        commits=tuple(result.commits),
+        passes_of_commits=tuple(each.spent.passes for each in advances),
+        drafted=drafted(advances),
+        judged=judged,
+        agreed=agreed,
+        passes_by_source={
+            source: {str(width): count for width, count in widths.items()}
+            for source, widths in passes_by_source(advances).items()
+        },
+        edits=sum(each.rows[0].edits for each in advances),
+        p_commit=tuple(each.rows[0].p_commit for each in advances if each.rows[0].p_commit is not None),
+    )
+
+
+def _flops(advances: Sequence[Advance], num_prompt_tokens: int, flops: PassFlops) -> int:
+    """Of all passes but those that read the prompt; a pass reads the last committed token first, and what is behind."""
+    total, context = 0, num_prompt_tokens - 1
+    for advance in advances:
+        total += sum(flops(num_positions=width, context=context) for width in pass_widths(advance))
+        context += len(advance.rows[0].tokens)
+    return total
