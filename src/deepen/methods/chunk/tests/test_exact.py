@@ -26,6 +26,7 @@ from deepen.methods.chunk import decoding as decoding_module
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.decoding import ExactDecoder
 from deepen.methods.chunk.model import ChunkRefineWrapper
+from deepen.methods.chunk.modules import MaskToken
 
 BASES = ("llama", "qwen3", "nanochat")
 DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto")
@@ -234,14 +235,15 @@ def advances_of_a_prophet(prompt: list[int], num_new: int, draft: str) -> list[R
     base = backbone("llama")
     truth = prompt + complete(PlainDecoder(base), [prompt], stop=StopConfig(max_new_tokens=num_new))[0].tokens
 
-    def foresee(embeddings: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        start = len(decoding.rows[0])
-        coming = torch.tensor(truth[start : start + int(slots.sum())])
-        return embeddings.masked_scatter(slots[..., None], base.embedding(coming))
+    class Foresight(MaskToken):
+        def forward(self, embeddings: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            start = len(decoding.rows[0])
+            coming = torch.tensor(truth[start : start + int(slots.sum())])
+            return embeddings.masked_scatter(slots[..., None], base.embedding(coming))
 
-    decoder = ExactDecoder(
-        base, draft=draft, chunk_width=8, refine_slots=lambda _layer, h, _slots: h, embed_slots=foresee
-    )
+    untrained = wrapper("llama", noise=False, draft=draft, chunk_width=8)
+    sidecar = replace(untrained._parts(untrained.config), mask_token=Foresight(base.hidden_size))
+    decoder = ExactDecoder(base, draft=draft, chunk_width=8, sidecar=sidecar)
     decoding = decoder.open(Prompt((tuple(prompt),), num_new))
     sampler, advances = BatchSampler([SamplingConfig()]), []
     while decoding.room(0) > 0:
