@@ -1,16 +1,21 @@
 """Attach points, passes over a committed prefix, and the cache that holds it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from deepen.backbones import tiny
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
+from deepen.generate.loop import complete
+from deepen.generate.plain import PlainDecoder
+from deepen.generate.stop import StopConfig
 from deepen.nn.attention import KEY_BLOCK
 
 ATTENTION_ONLY = ("llama", "qwen3", "nanochat")
@@ -28,6 +33,37 @@ def attach(name: str, *, packed: bool = False, dtype: torch.dtype = torch.float3
 
 def ids(batch: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (batch, width), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope", "long_factor": [4.0] * 8, "short_factor": [1.0] * 8, "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_rotary_frequencies_that_change_with_the_pass_are_refused(rope: dict[str, object]) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rope_parameters={"rope_theta": 1e4, **rope},
+    )  # fmt: skip
+    with pytest.raises(UnsupportedBackbone, match=f"rope_type '{rope['rope_type']}'.*set rope_type to a fixed one"):
+        Backbone.attach(LlamaForCausalLM(config))
+
+
+def test_two_threads_decode_on_one_model() -> None:
+    backbone = attach("llama", packed=True)
+    decoder, stop = PlainDecoder(backbone), StopConfig(max_new_tokens=12)
+    rows = [[[seed, seed + 1, seed + 2]] for seed in range(6)]
+    expected = [complete(decoder, each, stop=stop)[0].tokens for each in rows]
+    with ThreadPoolExecutor(2) as pool:
+        actual = list(pool.map(lambda each: complete(decoder, each, stop=stop)[0].tokens, rows))
+    assert actual == expected
+    assert backbone.config._attn_implementation != "deepen_pass"
 
 
 @pytest.fixture(params=ALL)

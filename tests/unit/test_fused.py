@@ -1,5 +1,6 @@
 """Fused layers: the layer's own values, and the layer itself wherever fusing would miss something."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -32,13 +33,13 @@ def packed() -> Backbone:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Inputs of the layers that computed fused."""
     seen: list[Tensor] = []
-    forward: Callable[..., Tensor] = fused._FusedForward._forward
+    forward: Callable[..., Tensor] = fused.FusedForward._forward
 
     def counted(self: object, h: Tensor, *args: object, **kwargs: object) -> Tensor:
         seen.append(h)
         return forward(self, h, *args, **kwargs)
 
-    monkeypatch.setattr(fused._FusedForward, "_forward", counted)
+    monkeypatch.setattr(fused.FusedForward, "_forward", counted)
     return seen
 
 
@@ -70,7 +71,7 @@ def test_fused_equals_the_model_itself(
     expected = model(tokens).logits
     backbone = Backbone.attach(model)
     backbone.pack()
-    assert all(isinstance(layer.forward, fused._FusedForward) for layer in backbone.layers)
+    assert all(isinstance(layer.forward, fused.FusedForward) for layer in backbone.layers)
     torch.testing.assert_close(logits_of(backbone, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -158,3 +159,70 @@ def test_other_layers_are_left_alone(name: str) -> None:
 def test_float64_layers_are_left_alone() -> None:
     backbone = Backbone.attach(tiny.build("llama", dtype=torch.float64))
     assert fused.fuse_layers(backbone.layers) == ()
+
+
+@torch.no_grad()
+def test_writes_through_data_are_noticed_when_a_decoding_opens(packed: Backbone, calls: list[Tensor]) -> None:
+    logits_of(packed, ids(1, 6))
+    for parameter in packed.model.parameters():
+        parameter.data *= 1.25
+    actual = logits_of(packed, ids(1, 6))
+    assert len(calls) == 2 * packed.num_layers
+    packed.unpack()
+    torch.testing.assert_close(actual, logits_of(packed, ids(1, 6)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_forward_put_on_a_part_is_called(packed: Backbone, calls: list[Tensor]) -> None:
+    part = packed.layers[0].self_attn
+    own = part.forward
+    part.forward = own
+    logits_of(packed, ids(1, 6))
+    assert len(calls) == packed.num_layers - 1
+
+
+@torch.no_grad()
+def test_a_global_hook_sees_every_part(packed: Backbone, calls: list[Tensor]) -> None:
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.add(type(module)))
+    try:
+        logits_of(packed, ids(1, 6))
+    finally:
+        handle.remove()
+    assert not calls and type(packed.layers[0].mlp) in seen
+
+
+@torch.no_grad()
+def test_a_changed_scale_acts(packed: Backbone) -> None:
+    before = logits_of(packed, ids(1, 6))
+    packed.layers[0].self_attn.scaling = 1.0
+    assert not torch.allclose(logits_of(packed, ids(1, 6)), before, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_packed_model_may_change_its_dtype(packed: Backbone, calls: list[Tensor]) -> None:
+    expected = logits_of(packed, ids(1, 6))
+    packed.model.double()
+    torch.testing.assert_close(logits_of(packed, ids(1, 6)).float(), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == packed.num_layers
+    packed.model.float()
+    torch.testing.assert_close(logits_of(packed, ids(1, 6)), expected, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2 * packed.num_layers
+
+
+@torch.no_grad()
+def test_autocast_is_the_models_own_affair(packed: Backbone, calls: list[Tensor]) -> None:
+    own = Backbone.attach(tiny.build("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits_of(packed, ids(1, 6)), logits_of(own, ids(1, 6)))
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_copy_of_a_packed_model_is_packed_too(packed: Backbone, calls: list[Tensor]) -> None:
+    expected = logits_of(packed, ids(1, 6))
+    copied = Backbone.attach(copy.deepcopy(packed.model))
+    for parameter in packed.model.parameters():
+        parameter.zero_()
+    assert torch.equal(logits_of(copied, ids(1, 6)), expected)
+    assert len(calls) == 2 * packed.num_layers

@@ -185,9 +185,9 @@ class PrefixCache(Cache):
         """Keep the rows with these indices, in this order, and drop the others."""
         for layer in self.layers:
             if isinstance(layer, AttentionStore) and layer.is_initialized:
-                layer.keep_rows(torch.tensor(rows, device=layer.device))
+                layer.keep_rows(torch.tensor(rows, dtype=torch.int64, device=layer.device))
             elif isinstance(layer, LinearAttentionLayer):
-                layer.reorder_cache(torch.tensor(rows))
+                layer.reorder_cache(torch.tensor(rows, dtype=torch.int64))
         self.lengths = [self.lengths[row] for row in rows]
         self._window = None
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from deepen.backbones.attention import visibility_of_pass
@@ -26,7 +27,7 @@ def fuse_layers(layers: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     fused = tuple(layer for layer in layers if _can_fuse(layer))
     for layer in fused:
         # On the instance, so that neither the class nor the module tree changes.
-        layer.forward = _FusedForward(layer)
+        layer.forward = FusedForward(layer)
     return fused
 
 
@@ -40,7 +41,7 @@ def unfuse_layers(layers: Iterable[nn.Module]) -> None:
 def fused_pass(layers: Iterable[nn.Module]) -> Iterator[None]:
     """In the block, layers that were fused compute so if they can as it begins; otherwise each is itself."""
     forwards = [vars(layer).get("forward") for layer in layers]
-    fused = [forward for forward in forwards if isinstance(forward, _FusedForward)]
+    fused = [forward for forward in forwards if isinstance(forward, FusedForward)]
     rotation = _Rotation()
     for forward in fused:
         forward.begin(rotation)
@@ -51,11 +52,11 @@ def fused_pass(layers: Iterable[nn.Module]) -> Iterator[None]:
             forward.end()
 
 
-class _FusedForward:
+class FusedForward:
     """Stands in for the `forward` of one llama layer.
 
-    It serves passes without gradients. In training, with a hook on one of the layer's parts or with a part replaced
-    (an adapter), the layer computes as before.
+    It serves passes without gradients. In training, under autocast, with a hook on one of the layer's parts or with a
+    part or its forward replaced (an adapter), the layer computes as before.
     """
 
     def __init__(self, layer: LlamaDecoderLayer) -> None:
@@ -77,19 +78,31 @@ class _FusedForward:
     def begin(self, rotation: "_Rotation") -> None:
         """Compute fused from now on, with the rotation that the layers of a pass share, if nothing is in the way."""
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._layer.parameters())
-        if learning or self._layer.training or self._changed():
+        if learning or self._layer.training or torch.is_autocast_enabled("cpu") or self._changed():
             return
-        for product in (self._qkv, self._out, self._gate_up, self._down):
-            product.refresh()
-        self._rotation = rotation
+        if all([product.refresh() for product in self._products]):
+            self._scale = self._layer.self_attn.scaling
+            self._rotation = rotation
+
+    def recheck(self) -> None:
+        """Look for writes to the weights that leave no other trace; see `PackedProduct`."""
+        for product in self._products:
+            product.recheck()
+
+    @property
+    def _products(self) -> tuple[PackedProduct, ...]:
+        return self._qkv, self._out, self._gate_up, self._down
 
     def end(self) -> None:
         """Be the layer's own forward again."""
         self._rotation = None
 
     def _changed(self) -> bool:
-        return any(
-            parent._modules[name] is not part or part._forward_hooks or part._forward_pre_hooks
+        return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
+            parent._modules[name] is not part
+            or part._forward_hooks
+            or part._forward_pre_hooks
+            or "forward" in part.__dict__
             for parent, name, part in self._parts
         )
 

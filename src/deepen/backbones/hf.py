@@ -4,10 +4,12 @@
 the model is changed: a pass borrows the model's own forward, swapping the attention for ours while it lasts.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,11 @@ from transformers import PreTrainedModel
 
 from deepen.backbones.attention import attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
-from deepen.backbones.fused import fuse_layers, fused_pass, unfuse_layers
+from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.core.errors import PromptError, UnsupportedBackbone
 from deepen.nn.attention import QUERY_BLOCK, Visibility, round_up
-from deepen.nn.linear import Packing, pack_linears
+from deepen.nn.linear import PackedForward, Packing, pack_linears
 
 # Called with a layer's index and its output [B, W, D]; gives what the next layer reads instead.
 LayerEdit = Callable[[int, Tensor], Tensor]
@@ -29,6 +31,8 @@ Keep = Literal["all", "last"]
 
 # transformers returns a mask that is 4-D already as it is, and asks nothing of the cache; ours travels apart.
 _NO_MASK = torch.zeros(1, 1, 1, 1)
+_LOCK = threading.Lock()
+_locks: WeakKeyDictionary[nn.Module, "threading.RLock"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Backbone:
         """Find the attach points of `model`; raises `UnsupportedBackbone` that names what is missing."""
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedBackbone(f"{type(model).__name__} is not a transformers model (PreTrainedModel)")
+        _refuse_changing_rotation(model)
         return cls(model, _find_points(model))
 
     @property
@@ -134,7 +139,15 @@ class Backbone:
                 f"{capacity} tokens (prompt and new ones) exceed this model's context of {self.context_length}; "
                 "shorten the prompt or lower max_new_tokens"
             )
+        self._recheck()
         return PrefixCache(self.config, batch_size=batch_size, capacity=capacity)
+
+    def _recheck(self) -> None:
+        # Writes through `.data` leave no trace that a pass could look for; once a decoding is often enough.
+        for module in self.model.modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, PackedForward | FusedForward):
+                forward.recheck()
 
     def run(
         self,
@@ -160,7 +173,8 @@ class Backbone:
         last = torch.tensor(window.widths, device=self.device).clamp(min=1) - 1
         kept = last.unique() if keep == "last" else torch.arange(width, device=self.device)
         fused = fused_pass(self.layers)
-        with attention_of_pass(self.config, visibility), fused, _layer_edits(self.layers, edit, width):
+        attention = attention_of_pass(self.config, visibility)
+        with _lock_of(self.model), attention, fused, _layer_edits(self.layers, edit, width):
             logits = self.model(
                 **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": _pad_positions(tokens, num_pads)},
                 attention_mask=_NO_MASK,
@@ -179,9 +193,16 @@ class Backbone:
         return logits[torch.arange(batch, device=self.device), torch.searchsorted(kept, last)][:, None]
 
     def _positions(self, window: PassWindow, width: int, num_pads: int) -> Tensor:
-        # Pads repeat the last position: one further on might lie outside a table of positions.
-        steps = torch.arange(width + num_pads, device=self.device).clamp(max=width - 1)
-        return torch.tensor(window.offsets, device=self.device)[:, None] + steps
+        # Pads repeat the last position of their row: one further on might lie outside a table of positions.
+        offsets, widths = torch.tensor([window.offsets, window.widths], device=self.device)
+        steps = torch.arange(width + num_pads, device=self.device)
+        return offsets[:, None] + steps.minimum((widths - 1).clamp(min=0)[:, None])
+
+
+def _lock_of(model: nn.Module) -> "threading.RLock":
+    """While a pass lasts the model isn't quite itself, so there is one at a time."""
+    with _LOCK:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def _pad_positions(tokens: Tensor, num_pads: int) -> Tensor:
@@ -213,6 +234,18 @@ def _edit_hook(index: int, edit: LayerEdit, width: int) -> Callable[..., object]
         return edited(output) if isinstance(output, Tensor) else (edited(output[0]), *output[1:])
 
     return hook
+
+
+def _refuse_changing_rotation(model: PreTrainedModel) -> None:
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    for kind in (str(each.get("rope_type")) for each in kinds):
+        if kind == "longrope" or "dynamic" in kind:
+            raise UnsupportedBackbone(
+                f"rope_type {kind!r} takes other rotary frequencies once a pass reaches far enough, so that a position's "
+                "keys depend on the pass that computed them and a committed prefix can't be relied on; set rope_type "
+                "to a fixed one (default, linear, llama3, yarn) if the model allows it"
+            )
 
 
 def _find_points(model: PreTrainedModel) -> AttachPoints:

@@ -11,6 +11,7 @@ dtypes, a packed layer computes `F.linear` as before.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 MIN_ROWS = 4
 # The row count the layout is chosen for; the packed weight serves any other count too. Eight is a usual chunk.
 _PACKED_FOR_ROWS = 8
+# One in so many weights is looked at for changes that leave no other trace. A prime, so that it hits every column.
+_SAMPLED = 4099
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -35,24 +38,45 @@ def _operator(name: str) -> Callable[..., Tensor] | None:
 class PackedProduct:
     """The product with the stacked weights of linears that read the same input, `[.., K]` to `[.., sum of N]`.
 
-    It has the weights of its last `refresh`.
+    It has the weights of its last `refresh`, which notices every write but those through `.data`; for these there is
+    `recheck`.
     """
 
     def __init__(self, *linears: nn.Linear) -> None:
         self._linears = linears
         self._version: list[tuple[int, int]] = []
+        self._usable = False
         self.refresh()
 
-    def refresh(self) -> None:
-        """Pack anew if a weight has moved or changed since (a device, an optimizer step)."""
+    def refresh(self) -> bool:
+        """Pack anew if a weight has moved or changed since (a device, an optimizer step); false if none can pack it."""
         version = [_version(p) for linear in self._linears for p in linear._parameters.values() if p is not None]
-        if version == self._version:
-            return
-        self._version = version
+        if version != self._version:
+            self._version = version
+            self._usable = all(can_pack(linear.weight) for linear in self._linears)
+            if self._usable:
+                self._pack()
+        return self._usable
+
+    def recheck(self) -> None:
+        """Make the next `refresh` pack anew if a sample of the weights isn't what it was."""
+        if self._usable and not torch.equal(self._sample(), self._seen):
+            self._version = []
+
+    def _pack(self) -> None:
         weight = torch.cat([linear.weight.detach() for linear in self._linears])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
         biases = [linear.bias for linear in self._linears]
         self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        self._seen = self._sample()
+
+    def _sample(self) -> Tensor:
+        tensors = (p.detach() for linear in self._linears for p in linear._parameters.values() if p is not None)
+        return torch.cat([tensor.flatten()[::_SAMPLED] for tensor in tensors])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A packed weight can't be copied or saved; whoever gets this packs it anew.
+        return {"_linears": self._linears, "_version": [], "_usable": False}
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows = x.numel() // x.shape[-1]
@@ -74,10 +98,18 @@ class PackedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         linear = self._linear
-        if wants_gradient(x, linear.weight) or x.dtype != torch.float32:
+        if (
+            x.dtype != torch.float32
+            or torch.is_autocast_enabled("cpu")
+            or wants_gradient(x, linear.weight)
+            or not self._product.refresh()
+        ):
             return F.linear(x, linear.weight, linear.bias)
-        self._product.refresh()
         return self._product(x)
+
+    def recheck(self) -> None:
+        """As that of the product."""
+        self._product.recheck()
 
 
 def wants_gradient(*operands: Tensor) -> bool:

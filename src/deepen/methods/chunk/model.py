@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deepen.backbones.costs import pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CheckpointError, ConfigError, DeepenError
+from deepen.core.errors import CheckpointError, ConfigError, DeepenError, PromptError
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit
 from deepen.generate import door
@@ -180,13 +180,10 @@ class ChunkRefineWrapper(nn.Module):
         }
         eos = generation_kwargs.pop("eos_token_id", self.backbone.eos_ids)
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-        seed = generation_kwargs.pop("seed", 0)
-        sampling = SamplingConfig.from_dict({"temperature": temperature, "top_p": top_p, **generation_kwargs})
-        rows = [tuple(row) for row in input_ids.tolist()]
         results = complete(
             self._decoder(replace(self.config, **{name: v for name, v in overrides.items() if v is not None})),
-            rows,
-            sampling=[replace(sampling, seed=seed + index) for index in range(len(rows))],
+            _rows_of(input_ids),
+            sampling=SamplingConfig.from_dict({"temperature": temperature, "top_p": top_p, **generation_kwargs}),
             stop=StopConfig(max_new_tokens=max_new_tokens, eos_ids=eos_ids),
         )
         longest = max((len(result.tokens) for result in results), default=0)
@@ -310,6 +307,15 @@ class ChunkRefineWrapper(nn.Module):
     def num_sidecar_parameters(self) -> int:
         """Trainable parameters of the sidecar; a shared cell counts once."""
         return sum(parameter.numel() for module in self._sidecar().values() for parameter in module.parameters())
+
+
+def _rows_of(input_ids: Tensor) -> list[tuple[int, ...]]:
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise PromptError(
+            f"input_ids must be whole numbers [B, S], not {input_ids.dtype} {list(input_ids.shape)}; a tokenizer called "
+            'with return_tensors="pt" gives them so'
+        )
+    return [tuple(row) for row in input_ids.tolist()]
 
 
 def _spans(layers: Sequence[int]) -> str:

@@ -69,7 +69,7 @@ def run_slots(
     def edit(layer: int, h: Tensor) -> Tensor:
         return refine_slots(sidecar.cell_of(layer), h, slots, sidecar.pooling)
 
-    embeddings = sidecar.mask_token(backbone.embedding(ids), slots)
+    embeddings = sanitize(sidecar.mask_token(backbone.embedding(ids), slots), slots)
     return backbone.run(embeddings, cache, widths=widths.tolist(), edit=edit)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import RollbackError
+from deepen.core.errors import ConfigError, PromptError, RollbackError
 from deepen.core.types import Batch, Prompt, RowAdvance
 from deepen.data.tokenizer import byte_tokenizer
 from deepen.generate.events import RowResult
@@ -313,6 +313,32 @@ def test_one_infinite_slot_leaves_clean_logits_unchanged() -> None:
     edited = base.run(tokens, base.new_cache(batch_size=1, capacity=12), edit=poisoned)
     assert torch.equal(edited[:, :5], clean[:, :5])
     assert edited.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("draft", ["mask", "auto"])
+def test_no_value_in_a_sidecar_reaches_the_output(draft: str, value: float) -> None:
+    rows, stop = [[1, 2, 3] * 4, [5]], StopConfig(max_new_tokens=60)
+    plain = complete(PlainDecoder(backbone("llama")), rows, stop=stop)
+    names = wrapper("llama", noise=False, draft=draft, chunk_width=8).saved_state()
+    for name in names:
+        model = ChunkRefineWrapper(
+            backbone("llama").model, recursive_enabled=True, draft=draft, chunk_width=8, d_state=16, gate_hidden=16,
+            layers_to_refine=(1, 3),
+        )  # fmt: skip
+        model.saved_state()[name].fill_(value)
+        assert outcome(complete(model, rows, stop=stop)) == outcome(plain), name
+
+
+def test_ids_that_are_none_are_refused() -> None:
+    model = wrapper("llama", noise=False, draft="lookup", chunk_width=8)
+    for ids in (torch.tensor([1, 2]), torch.tensor([[1.0, 2.0]])):
+        with pytest.raises(PromptError, match=r"whole numbers \[B, S\]"):
+            model.generate_chunks(ids)
+    with pytest.raises(ConfigError, match="seed"):
+        model.generate_chunks(torch.tensor([[1, 2]]), seed=None)
+    last = model.generate_chunks(torch.tensor([[1], [1]]), max_new_tokens=4, seed=2**64 - 1, temperature=1.0)
+    assert torch.equal(last[1:], model.generate_chunks(torch.tensor([[1]]), max_new_tokens=4, seed=0, temperature=1.0))
 
 
 @pytest.mark.parametrize("name", BASES)
