@@ -242,9 +242,9 @@ def _refuse_changing_rotation(model: PreTrainedModel) -> None:
     for kind in (str(each.get("rope_type")) for each in kinds):
         if kind == "longrope" or "dynamic" in kind:
             raise UnsupportedBackbone(
-                f"rope_type {kind!r} takes other rotary frequencies once a pass reaches far enough, so that a position's "
-                "keys depend on the pass that computed them and a committed prefix can't be relied on; set rope_type "
-                "to a fixed one (default, linear, llama3, yarn) if the model allows it"
+                f"rope_type {kind!r} takes other rotary frequencies once a pass reaches far enough, so that what is "
+                "committed would depend on the pass that computed it; set rope_type to a fixed one (default, linear, "
+                "llama3, yarn) if the model allows it"
             )
 
 

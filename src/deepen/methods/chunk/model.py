@@ -312,8 +312,8 @@ class ChunkRefineWrapper(nn.Module):
 def _rows_of(input_ids: Tensor) -> list[tuple[int, ...]]:
     if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise PromptError(
-            f"input_ids must be whole numbers [B, S], not {input_ids.dtype} {list(input_ids.shape)}; a tokenizer called "
-            'with return_tensors="pt" gives them so'
+            f"input_ids must be whole numbers [B, S], not {input_ids.dtype} {list(input_ids.shape)}; a tokenizer "
+            'called with return_tensors="pt" gives them so'
         )
     return [tuple(row) for row in input_ids.tolist()]
 
