@@ -80,7 +80,7 @@ class FusedForward:
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._layer.parameters())
         if learning or self._layer.training or torch.is_autocast_enabled("cpu") or self._changed():
             return
-        if all([product.refresh() for product in self._products]):
+        if all(product.refresh() for product in self._products):
             self._scale = self._layer.self_attn.scaling
             self._rotation = rotation
 
