@@ -277,24 +277,22 @@ class RefinedDecoder:
         ]
         if not any(in_doubt):
             return []
-        drafted, refined = (
-            self._log_probs(
-                decoding,
-                [
-                    list(tokens[:count]) if doubt else []
-                    for tokens, count, doubt in zip(version, counts, in_doubt, strict=True)
-                ],
-                spent,
+
+        def log_probs(versions: list[Sequence[int]]) -> list[float]:
+            compared = zip(versions, counts, in_doubt, strict=True)
+            return self._log_probs(
+                decoding, [tokens[:count] if doubt else () for tokens, count, doubt in compared], spent
             )
-            for version in ([chunk.draft for chunk in chunks], [chunk.tokens for chunk in chunks])
-        )
+
+        drafted = log_probs([chunk.draft for chunk in chunks])
+        refined = log_probs([chunk.tokens for chunk in chunks])
         return [row for row in _where(in_doubt) if drafted[row] > refined[row]]
 
     def _log_probs(
         self, decoding: RefinedDecoding, versions: Sequence[Sequence[int]], spent: PassCounter
     ) -> list[float]:
         """The base's log-probability of each row's tokens behind its prefix, by one clean pass that is forgotten."""
-        ids = pad_rows([version or [0] for version in versions], self.backbone.device)
+        ids = pad_rows(versions, self.backbone.device)
         widths = [len(version) for version in versions]
         logits = self.backbone.run(ids, decoding.cache, widths=widths)
         spent.add(widths)
