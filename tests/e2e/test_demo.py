@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from deepen import ChunkRefineWrapper
 from deepen.cli.main import main
+from deepen.core.types import Batch, Score
 
 ARGUMENTS = ["demo", "--model", "tiny:nanochat", "--scored-tokens", "0", "--max-new-tokens", "16"]
 
@@ -49,3 +52,39 @@ def test_one_token_too_many_is_noticed(
     assert main([*ARGUMENTS, "--out", str(out)]) == 1
     assert "NOT EXACT" in capsys.readouterr().out
     assert not json.loads(out.read_text())["exact"]
+
+
+@pytest.fixture
+def held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus of two documents, in place of one that must be fetched."""
+    texts = ["The lamp is lit and the boat comes in. " * 4, "Snow fell all night on the roofs of the town. " * 3]
+    monkeypatch.setattr("deepen.evaluate.demonstration.documents", lambda name, split: texts)
+
+
+SCORED = [*ARGUMENTS, "--scored-tokens", "150"]
+
+
+@pytest.mark.usefixtures("held_out")
+def test_held_out_text_scores_alike_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo.json"
+    assert main([*SCORED, "--out", str(out)]) == 0
+    scores = json.loads(out.read_text())["scores"]
+    assert scores["before"]["num_tokens"] == scores["after"]["num_tokens"] == 150
+    assert scores["before"]["nll"] > 1
+    assert scores["difference"] == abs(scores["after"]["nll"] - scores["before"]["nll"]) < 1e-6
+    assert "(below 1e-6: yes)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("held_out")
+def test_a_score_that_moved_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ChunkRefineWrapper.score
+
+    def moved(self: ChunkRefineWrapper, batch: Batch) -> Score:
+        score = own(self, batch)
+        return replace(score, log_probs=score.log_probs - 1e-5 * score.scored)
+
+    monkeypatch.setattr(ChunkRefineWrapper, "score", moved)
+    assert main([*SCORED, "--out", str(tmp_path / "demo.json")]) == 1
+    assert "NOT EXACT" in capsys.readouterr().out

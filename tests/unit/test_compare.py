@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_answer import plain_answer
 
 from deepen.core.errors import DeepenError
 from deepen.core.files import write_json
@@ -20,26 +21,7 @@ DOCUMENTS = tuple(ScoredDocument(f"{n:016x}", 30.0 + 7 * n, 10 + n, n % 5, 40 + 
 
 
 def answer(prompt: str, tokens=(5, 6, 7, 8), **fields) -> Answer:
-    num = len(tokens)
-    given = {
-        "domain": "chat",
-        "num_prompt_tokens": 3,
-        "text": "",
-        "reason": "length",
-        "seconds": 1.0,
-        "passes": num,
-        "positions": num,
-        "flops": num,
-        "commits": (1,) * num,
-        "passes_of_commits": (1,) * num,
-        "drafted": {},
-        "judged": {},
-        "agreed": {},
-        "passes_by_source": {"none": {"1": num}},
-        "edits": 0,
-        "p_commit": (),
-    }
-    return Answer(prompt=prompt, tokens=tokens, **(given | fields))
+    return plain_answer(tokens, prompt=prompt, **fields)
 
 
 ANSWERS = (answer("moon"), answer("bread", (9, 9, 4)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_answer import plain_answer
 
 import deepen.methods
 from deepen.backbones.costs import pass_flops, row_state_bytes
@@ -27,7 +28,7 @@ from deepen.evaluate.metrics import ANSWER_METRICS, generation_figures
 from deepen.evaluate.prompts import PROMPTS
 from deepen.evaluate.recording import judged_by_place, pass_widths, passes_by_source
 from deepen.evaluate.results import Answer, StageResults
-from deepen.evaluate.scoring import FIRST_SCORED, document_id, evaluate, measure, require_causal
+from deepen.evaluate.scoring import FIRST_SCORED, document_id, measure, require_causal
 from deepen.evaluate.sources import counted_passes, price, regret
 from deepen.evaluate.speed import Answered, Timing
 from deepen.evaluate.stages import StageConfig, run_stage
@@ -69,7 +70,7 @@ def document(length: int = 60, seed: int = 0) -> list[int]:
 
 
 def figures(*rows, **options):
-    return evaluate(by_bigram, [batch_of([row]) for row in rows], tokenizer=TOKENIZER, **options)
+    return measure(by_bigram, [batch_of([row]) for row in rows], tokenizer=TOKENIZER, **options).figures
 
 
 class TestFigures:
@@ -92,7 +93,7 @@ class TestFigures:
 
     @given(documents)
     def test_batches_make_no_difference(self, rows):
-        assert evaluate(by_bigram, [batch_of(rows)], tokenizer=TOKENIZER) == figures(*rows)
+        assert measure(by_bigram, [batch_of(rows)], tokenizer=TOKENIZER).figures == figures(*rows)
 
     def test_the_mean_is_over_tokens_not_over_documents(self):
         short, long = document(40, seed=1), document(300, seed=2)
@@ -133,7 +134,7 @@ class TestFigures:
         row = document(200)
         assert figures(row, first_scored=150)["num_tokens"] == 50
         with pytest.raises(CannotScore, match="the scorer leaks"):
-            evaluate(reading_one_ahead, [batch_of([row])], tokenizer=TOKENIZER, first_scored=150)
+            measure(reading_one_ahead, [batch_of([row])], tokenizer=TOKENIZER, first_scored=150)
         with pytest.raises(CannotScore, match="no document has more than 200 tokens, where scoring starts"):
             figures(row, first_scored=200)
 
@@ -159,7 +160,7 @@ class TestFigures:
             return Score(score.log_probs * 0, torch.zeros_like(score.scored), score.correct)
 
         with pytest.raises(CannotScore, match="no log-probability for any token from 32 on"):
-            evaluate(silent, [batch_of([document()])], tokenizer=TOKENIZER)
+            measure(silent, [batch_of([document()])], tokenizer=TOKENIZER)
 
     def test_progress_counts_all_tokens(self):
         done = []
@@ -176,7 +177,7 @@ class TestFigures:
             return Score(torch.where(score.scored, -1e4, 0.0), score.scored, score.correct)
 
         with pytest.raises(CannotScore, match=r"the mean negative log-probability is 10000\.0"):
-            evaluate(broken, [batch_of([document()])], tokenizer=TOKENIZER)
+            measure(broken, [batch_of([document()])], tokenizer=TOKENIZER)
 
 
 class TestInterval:
@@ -256,7 +257,7 @@ class TestGuard:
     def test_a_scorer_that_peeks_gives_no_figure(self, scorer, message):
         row = [*range(60), 0]
         with pytest.raises(CannotScore, match=f"the scorer leaks: .*{message}"):
-            evaluate(scorer, [batch_of([row])], tokenizer=TOKENIZER)
+            measure(scorer, [batch_of([row])], tokenizer=TOKENIZER)
 
     @pytest.mark.parametrize(("size", "passes"), [(1e-6, True), (1e-4, False)])
     def test_rounding_is_no_leak(self, size, passes):
@@ -284,7 +285,7 @@ class TestGuard:
             return pooling_the_future(batch)
 
         with pytest.raises(CannotScore):
-            evaluate(watched, [batch_of([document(300)])], tokenizer=TOKENIZER)
+            measure(watched, [batch_of([document(300)])], tokenizer=TOKENIZER)
         assert max(lengths) < 100
 
 
@@ -575,27 +576,7 @@ class TestRecording:
 
 
 def answer(tokens, **fields) -> Answer:
-    num = len(tokens)
-    given = {
-        "prompt": "moon",
-        "domain": "chat",
-        "num_prompt_tokens": 3,
-        "text": "",
-        "reason": "length",
-        "seconds": 2.0,
-        "passes": num,
-        "positions": num,
-        "flops": 10 * num,
-        "commits": (1,) * num,
-        "passes_of_commits": (1,) * num,
-        "drafted": {},
-        "judged": {},
-        "agreed": {},
-        "passes_by_source": {"none": {"1": num}},
-        "edits": 0,
-        "p_commit": (),
-    }
-    return Answer(tokens=tuple(tokens), **(given | fields))
+    return plain_answer(tokens, **({"seconds": 2.0, "flops": 10 * len(tokens)} | fields))
 
 
 class TestGenerationFigures:

@@ -66,7 +66,7 @@ class FusedForward:
         self._parts = [(m, name, part) for m in layer.modules() for name, part in m.named_children()]
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
         self._activation = mlp.act_fn
-        self._index, self._scale = attention.layer_idx, attention.scaling
+        self._index = attention.layer_idx
         self._qkv = PackedProduct(attention.q_proj, attention.k_proj, attention.v_proj)
         self._out = PackedProduct(attention.o_proj)
         self._gate_up = PackedProduct(mlp.gate_proj, mlp.up_proj)

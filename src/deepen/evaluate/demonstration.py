@@ -17,7 +17,7 @@ from deepen.data.split import documents
 from deepen.evaluate.agreement import Agreement, compare, widest_difference
 from deepen.evaluate.environment import environment
 from deepen.evaluate.prompts import PROMPTS, DomainPrompt
-from deepen.evaluate.scoring import FIRST_SCORED, evaluate
+from deepen.evaluate.scoring import FIRST_SCORED, measure
 from deepen.generate.events import Committed, RowResult
 from deepen.generate.loop import complete, stream
 from deepen.generate.plain import PlainDecoder
@@ -219,9 +219,10 @@ class Demonstration:
         """Figures of held-out documents before and after surgery, and how far the means are apart."""
         batches = list(self._held_out(num_tokens))
         self.backbone.unpack()
-        before = evaluate(lambda batch: score_at_once(self.backbone, batch), batches, tokenizer=self.tokenizer)
+        base = measure(lambda batch: score_at_once(self.backbone, batch), batches, tokenizer=self.tokenizer)
         self.backbone.pack()
-        after = evaluate(self.model.score, batches, tokenizer=self.tokenizer)
+        grafted = measure(self.model.score, batches, tokenizer=self.tokenizer)
+        before, after = base.figures, grafted.figures
         return {"before": before, "after": after, "difference": abs(after["nll"] - before["nll"])}
 
     def _held_out(self, num_tokens: int) -> Sequence[Batch]:

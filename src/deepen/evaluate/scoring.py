@@ -44,19 +44,6 @@ class Measured:
     figures: dict[str, Any]
 
 
-def evaluate(
-    score: Scorer,
-    batches: Iterable[Batch],
-    *,
-    tokenizer: Tokenizer,
-    seed: int = 0,
-    first_scored: int = FIRST_SCORED,
-    advance: Callable[[int], object] = lambda num_tokens: None,
-) -> dict[str, Any]:
-    """The figures that `measure` gives."""
-    return measure(score, batches, tokenizer=tokenizer, seed=seed, first_scored=first_scored, advance=advance).figures
-
-
 def measure(
     score: Scorer,
     batches: Iterable[Batch],

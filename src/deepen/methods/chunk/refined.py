@@ -17,6 +17,7 @@ from deepen.backbones.hf import Backbone
 from deepen.core.errors import ConfigError
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt, RowAdvance, Spent
+from deepen.generate.scoring import log_probs_of
 from deepen.generate.verify import Decoding, open_decoding, pad_rows, read
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.passes import RefinedPass, Sidecar, States, run_refined, run_slots
@@ -132,8 +133,10 @@ class RefinedDecoder:
         ]
         wanted = [min(self.config.chunk_width, decoding.room(row)) for row in _rows(decoding)]
         starts = [start[:most] for start, most in zip(starts, wanted, strict=True)]
-        fill = self._draft_slots if self.config.resolved_draft == "mask" else self._draft_tokens
-        fill(decoding, sampler, starts, wanted, spent)
+        if self.config.resolved_draft == "mask":
+            self._draft_slots(decoding, starts, wanted, spent)
+        else:
+            self._draft_tokens(decoding, sampler, starts, wanted, spent)
         return [Chunk(tuple(tokens)) for tokens in starts]
 
     def _draft_tokens(
@@ -167,12 +170,7 @@ class RefinedDecoder:
         return len(draft) >= most or draft[-1] in self.backbone.eos_ids
 
     def _draft_slots(
-        self,
-        decoding: RefinedDecoding,
-        sampler: Sampler,
-        drafts: list[list[int]],
-        wanted: list[int],
-        spent: PassCounter,
+        self, decoding: RefinedDecoding, drafts: list[list[int]], wanted: list[int], spent: PassCounter
     ) -> None:
         """Extend `drafts` by one pass over slots; what was left of an earlier draft is proposed anew."""
         rows = [[] if most == 1 else [draft[0], *[0] * (most - 2)] for draft, most in zip(drafts, wanted, strict=True)]
@@ -314,9 +312,3 @@ def _rows(decoding: RefinedDecoding) -> range:
 
 def _where(flags: Sequence[bool]) -> list[int]:
     return [index for index, flag in enumerate(flags) if flag]
-
-
-def log_probs_of(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """Log-probability of each of `ids` under its row of `logits` `[n, V]`: `[n]`, in fp32 at least."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-    return wide.gather(1, torch.tensor(ids, device=logits.device, dtype=torch.int64)[:, None])[:, 0]
