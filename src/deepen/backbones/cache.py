@@ -60,28 +60,50 @@ class AttentionStore(CacheLayerMixin):
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self._capacity = capacity
+        self._both: Tensor | None = None
         self.window: PassWindow | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, heads and widths of the first keys and values."""
         # Zeros, not empty: a masked entry weighs nothing, but zero times NaN would still be NaN.
         batch, heads = key_states.shape[:2]
-        self.keys = key_states.new_zeros(batch, heads, self._capacity, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, self._capacity, value_states.shape[-1])
+        if key_states.shape == value_states.shape:
+            self._hold(key_states.new_zeros(batch, 2 * heads, self._capacity, key_states.shape[-1]))
+        else:
+            self.keys = key_states.new_zeros(batch, heads, self._capacity, key_states.shape[-1])
+            self.values = value_states.new_zeros(batch, heads, self._capacity, value_states.shape[-1])
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def _hold(self, both: Tensor) -> None:
+        self._both = both
+        num_heads = both.shape[1] // 2
+        self.keys, self.values = both[:, :num_heads], both[:, num_heads:]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the pass behind each row's committed entries; give the first S entries, S a multiple of KEY_BLOCK."""
-        if self.window is None:
-            raise RollbackError("this cache was used outside of a pass: call PrefixCache.begin before the model")
+        window = self._open_window()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._write(self.keys, key_states, self.window)
-        self._write(self.values, value_states, self.window)
-        return self.keys[:, :, : self.window.num_keys], self.values[:, :, : self.window.num_keys]
+        self._write(self.keys, key_states, window)
+        self._write(self.values, value_states, window)
+        return self.keys[:, :, : window.num_keys], self.values[:, :, : window.num_keys]
+
+    def update_both(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """As `update`, of keys and values of one shape behind each other: `[B, 2 N, W, E]`, and so with one write."""
+        window = self._open_window()
+        if not self.is_initialized:
+            self.lazy_initialization(*states.chunk(2, dim=1))
+        assert self._both is not None, "keys and values of one shape are held together"
+        self._write(self._both, states, window)
+        return self.keys[:, :, : window.num_keys], self.values[:, :, : window.num_keys]
+
+    def _open_window(self) -> PassWindow:
+        if self.window is None:
+            raise RollbackError("this cache was used outside of a pass: call PrefixCache.begin before the model")
+        return self.window
 
     @staticmethod
     def _write(store: Tensor, states: Tensor, window: PassWindow) -> None:
@@ -95,7 +117,9 @@ class AttentionStore(CacheLayerMixin):
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep the rows with these indices, in this order."""
-        if self.is_initialized:
+        if self._both is not None:
+            self._hold(self._both.index_select(0, rows))
+        elif self.is_initialized:
             self.keys = self.keys.index_select(0, rows)
             self.values = self.values.index_select(0, rows)
 

@@ -8,6 +8,7 @@ layer's own forward to rounding; like packed linears (nn/linear.py), they have t
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,11 @@ class FusedForward:
         attention, mlp = layer.self_attn, layer.mlp
         self._layer = layer
         # Looked up once: a module's attributes are slow to find, and `_changed` sees when a part is replaced.
-        self._parts = [(m, name, part) for m in layer.modules() for name, part in m.named_children()]
+        self._parts = [
+            (parent._modules, name, part, part._forward_hooks, part._forward_pre_hooks)
+            for parent in layer.modules()
+            for name, part in parent.named_children()
+        ]
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
         self._activation = mlp.act_fn
         self._index = attention.layer_idx
@@ -98,13 +103,13 @@ class FusedForward:
         self._rotation = None
 
     def _changed(self) -> bool:
-        return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
-            parent._modules[name] is not part
-            or part._forward_hooks
-            or part._forward_pre_hooks
-            or "forward" in part.__dict__
-            for parent, name, part in self._parts
-        )
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return True
+        # Each layer asks before each pass: a loop without calls.
+        for children, name, part, hooks, pre_hooks in self._parts:
+            if children.get(name) is not part or hooks or pre_hooks or "forward" in part.__dict__:
+                return True
+        return False
 
     def __call__(self, hidden_states: Tensor, **arguments: object) -> Tensor:
         visibility = visibility_of_pass()
@@ -124,9 +129,9 @@ class FusedForward:
     ) -> Tensor:
         norm_attention, norm_mlp = self._norms
         heads = self._qkv(_normed(h, norm_attention)).unflatten(-1, (-1, self._head_dim))
-        turned = rotation.turn(heads[:, :, : -self._num_values], position_embeddings).transpose(1, 2)
-        q, k, v = turned[:, : -self._num_values], turned[:, -self._num_values :], heads[:, :, -self._num_values :]
-        k, v = past_key_values.layers[self._index].update(k, v.transpose(1, 2))
+        heads = rotation.turn(heads, self._num_values, position_embeddings).transpose(1, 2)
+        q, kv = heads[:, : -2 * self._num_values], heads[:, -2 * self._num_values :]
+        k, v = past_key_values.layers[self._index].update_both(kv)
         attended = attend(q, k, v, visibility=visibility, scale=self._scale)
         h = h + self._out(attended.flatten(-2))
         gate, up = self._gate_up(_normed(h, norm_mlp)).chunk(2, dim=-1)
@@ -139,21 +144,37 @@ class _Rotation:
     def __init__(self) -> None:
         self._given: tuple[Tensor, Tensor] | None = None
 
-    def turn(self, heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        """`[B, W, H, E]` rotated by transformers' `(cos, sin)`, each `[B, W, E]`."""
+    def turn(self, heads: Tensor, num_values: int, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """`[B, W, H, E]` rotated by transformers' `(cos, sin)`, each `[B, W, E]`; the last `num_values` stay as is."""
         if position_embeddings is not self._given:
-            cos, sin = position_embeddings
-            half = cos.shape[-1] // 2
-            # Halves swapped instead of rotated, so the sign of the first half moves into the sine.
-            self._cos = cos[:, :, None]
-            self._sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)[:, :, None]
-            self._half, self._given = half, position_embeddings
+            self._prepare(*position_embeddings, heads.shape[2] - num_values, num_values)
+            self._given = position_embeddings
         return torch.addcmul(heads * self._cos, heads.roll(self._half, dims=-1), self._sin)
+
+    def _prepare(self, cos: Tensor, sin: Tensor, num_turned: int, num_values: int) -> None:
+        self._half = cos.shape[-1] // 2
+        # Halves swapped instead of rotated, so the sign of the first half moves into the sine.
+        sin = torch.cat([-sin[..., : self._half], sin[..., self._half :]], dim=-1)
+        # Values are rotated by nothing, so that they lie beside the keys and both are stored at once.
+        self._cos = _for_heads(cos, num_turned, torch.ones_like(cos), num_values)
+        self._sin = _for_heads(sin, num_turned, torch.zeros_like(sin), num_values)
+
+
+def _for_heads(first: Tensor, num_first: int, others: Tensor, num_others: int) -> Tensor:
+    """`[B, W, E]` each to `[B, W, H, E]`."""
+    return torch.stack([first] * num_first + [others] * num_others, dim=2)
 
 
 def _normed(x: Tensor, norm: LlamaRMSNorm) -> Tensor:
-    weight = norm.weight
-    return torch.rms_norm(x, weight.shape, weight, norm.variance_epsilon)
+    # torch.rms_norm is nine operations on a CPU, each of which takes longer to start than to run; these are five.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = torch.addcmul(_constant(norm.variance_epsilon), length, length, value=1 / x.shape[-1])
+    return (x * mean_square.rsqrt_()).mul_(norm.weight)
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _can_fuse(layer: nn.Module) -> bool:

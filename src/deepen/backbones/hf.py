@@ -170,8 +170,8 @@ class Backbone:
         # whole blocks of positions. A recurrent state would read the pads: there a pass has the width it has.
         num_pads = 0 if cache.recurrent_layers else round_up(width, QUERY_BLOCK) - width
         visibility = Visibility(window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype)
-        last = torch.tensor(window.widths, device=self.device).clamp(min=1) - 1
-        kept = last.unique() if keep == "last" else torch.arange(width, device=self.device)
+        last = [max(0, real - 1) for real in window.widths]
+        kept = sorted(set(last)) if keep == "last" else range(width)
         fused = fused_pass(self.layers)
         attention = attention_of_pass(self.config, visibility)
         with _lock_of(self.model), attention, fused, _layer_edits(self.layers, edit, width):
@@ -181,7 +181,7 @@ class Backbone:
                 position_ids=self._positions(window, width, num_pads),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=kept,
+                logits_to_keep=torch.tensor(kept, device=self.device),
             ).logits
         if not visibility.used:
             raise UnsupportedBackbone(
@@ -190,13 +190,15 @@ class Backbone:
             )
         if keep == "all":
             return logits
-        return logits[torch.arange(batch, device=self.device), torch.searchsorted(kept, last)][:, None]
+        return logits[range(batch), [kept.index(position) for position in last]][:, None]
 
     def _positions(self, window: PassWindow, width: int, num_pads: int) -> Tensor:
         # Pads repeat the last position of their row: one further on might lie outside a table of positions.
-        offsets, widths = torch.tensor([window.offsets, window.widths], device=self.device)
-        steps = torch.arange(width + num_pads, device=self.device)
-        return offsets[:, None] + steps.minimum((widths - 1).clamp(min=0)[:, None])
+        rows = [
+            [offset + min(step, max(0, real - 1)) for step in range(width + num_pads)]
+            for offset, real in zip(window.offsets, window.widths, strict=True)
+        ]
+        return torch.tensor(rows, device=self.device)
 
 
 def _lock_of(model: nn.Module) -> "threading.RLock":

@@ -47,8 +47,9 @@ class Section:
         self.rows, self.positions, self.num_keys = rows, positions, num_keys
         self.num_blocks = round_up(last_seen.shape[1], QUERY_BLOCK) // QUERY_BLOCK
         self.num_pads = self.num_blocks * QUERY_BLOCK - last_seen.shape[1]
-        # What a pad sees doesn't matter, but it must see something.
-        last_seen = F.pad(last_seen, (0, self.num_pads))
+        if self.num_pads:
+            # What a pad sees doesn't matter, but it must see something.
+            last_seen = F.pad(last_seen, (0, self.num_pads))
         hidden = torch.arange(num_keys, device=last_seen.device) > last_seen[:, :, None]
         self._bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
         self._shaped: dict[tuple[int, int], Tensor] = {}
@@ -70,9 +71,8 @@ def _sections(
     first = 0
     for cuts, rows in groupby(_cuts(offset, width, num_keys) for offset in offsets):
         stop = first + len(list(rows))
-        lengths = torch.tensor(offsets[first:stop], device=device)[:, None]
         for start, end, seen in cuts:
-            last_seen = lengths + torch.arange(start, end, device=device)
+            last_seen = torch.tensor([range(o + start, o + end) for o in offsets[first:stop]], device=device)
             yield Section(slice(first, stop), slice(start, end), seen, last_seen, dtype=dtype)
         first = stop
 

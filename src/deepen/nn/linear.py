@@ -44,24 +44,29 @@ class PackedProduct:
 
     def __init__(self, *linears: nn.Linear) -> None:
         self._linears = linears
-        self._version: list[tuple[int, int]] = []
+        self._watched: list[_Watched] = []
         self._usable = False
         self.refresh()
 
     def refresh(self) -> bool:
         """Pack anew if a weight has moved or changed since (a device, an optimizer step); false if none can pack it."""
-        version = [_version(p) for linear in self._linears for p in linear._parameters.values() if p is not None]
-        if version != self._version:
-            self._version = version
-            self._usable = all(can_pack(linear.weight) for linear in self._linears)
-            if self._usable:
-                self._pack()
+        # Each product of each layer asks before each pass: a loop without calls.
+        for owner, name, parameter, pointer, version in self._watched:
+            if owner.get(name) is not parameter or parameter.data_ptr() != pointer or _version(parameter) != version:
+                break
+        else:
+            if self._watched:
+                return self._usable
+        self._watched = [_watch(linear, name) for linear in self._linears for name in _given_parameters(linear)]
+        self._usable = all(can_pack(linear.weight) for linear in self._linears)
+        if self._usable:
+            self._pack()
         return self._usable
 
     def recheck(self) -> None:
         """Make the next `refresh` pack anew if a sample of the weights isn't what it was."""
         if self._usable and not torch.equal(self._sample(), self._seen):
-            self._version = []
+            self._watched = []
 
     def _pack(self) -> None:
         weight = torch.cat([linear.weight.detach() for linear in self._linears])
@@ -71,12 +76,12 @@ class PackedProduct:
         self._seen = self._sample()
 
     def _sample(self) -> Tensor:
-        tensors = (p.detach() for linear in self._linears for p in linear._parameters.values() if p is not None)
+        tensors = (parameter.detach() for _, _, parameter, _, _ in self._watched)
         return torch.cat([tensor.flatten()[::_SAMPLED] for tensor in tensors])
 
     def __getstate__(self) -> dict[str, Any]:
         # A packed weight can't be copied or saved; whoever gets this packs it anew.
-        return {"_linears": self._linears, "_version": [], "_usable": False}
+        return {"_linears": self._linears, "_watched": [], "_usable": False}
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows = x.numel() // x.shape[-1]
@@ -117,9 +122,23 @@ def wants_gradient(*operands: Tensor) -> bool:
     return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
 
-def _version(parameter: Tensor) -> tuple[int, int]:
+# A parameter of a linear, by whom it is held, and where and what it was.
+_Watched = tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int, int]
+
+
+def _given_parameters(linear: nn.Linear) -> list[str]:
+    return [name for name, parameter in linear._parameters.items() if parameter is not None]
+
+
+def _watch(linear: nn.Linear, name: str) -> _Watched:
+    parameter = linear._parameters[name]
+    assert parameter is not None
+    return linear._parameters, name, parameter, parameter.data_ptr(), _version(parameter)
+
+
+def _version(parameter: Tensor) -> int:
     # Tensors born in inference mode keep no version counter, and nothing can write to them afterwards.
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+    return 0 if parameter.is_inference() else parameter._version
 
 
 @dataclass(frozen=True)
