@@ -389,6 +389,31 @@ def test_a_kept_tail_is_not_drafted_again() -> None:
     ].tokens  # fmt: skip
 
 
+@pytest.mark.parametrize("dropped", [[0], [1], [2, 0]])
+def test_rows_that_stay_keep_what_is_theirs(dropped: list[int]) -> None:
+    rows = [[1, 2, 3], [40, 50], [60, 7, 80, 9]]
+    staying = [row for row in range(3) if row not in dropped]
+    model = wrapper("llama", noise=NOISE_STD, dtype=torch.float64, carry_state=True)
+
+    def opened(rows: Sequence[Sequence[int]]) -> tuple[RefinedDecoding, BatchSampler]:
+        return model.open(Prompt(tuple(map(tuple, rows)), 40)), BatchSampler([SamplingConfig()] * len(rows))
+
+    together, sampler = opened(rows)
+    alone, sampler_alone = opened([rows[row] for row in staying])
+    for _ in range(2):
+        model.advance(together, sampler)
+        model.advance(alone, sampler_alone)
+    model.drop(together, dropped)
+    sampler.drop(dropped)
+    assert together.states and together.states.keys() == alone.states.keys()
+    for layer, state in together.states.items():
+        torch.testing.assert_close(state, alone.states[layer], rtol=1e-10, atol=1e-10)
+    for name in ("rows", "limits", "unread", "tails"):
+        assert getattr(together, name) == getattr(alone, name), name
+    assert together.next_logits is not None and alone.next_logits is not None
+    torch.testing.assert_close(together.next_logits, alone.next_logits, rtol=1e-10, atol=1e-10)
+
+
 def test_the_draft_is_kept_where_the_base_finds_it_likelier() -> None:
     stop = StopConfig(max_new_tokens=18)
     plain = complete(PlainDecoder(backbone("llama")), [[1, 2, 3]], stop=stop)[0].tokens
