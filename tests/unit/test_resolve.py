@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
-from model_hub import serve_hub
+from model_hub import serve_hub, use_hub
 from package_index import add_wheel, use_index
 from safetensors.torch import load_file, save_file
 
@@ -365,11 +365,7 @@ class TestHub:
         (repository / "onnx").mkdir()
         (repository / "onnx" / "config.json").write_text("{}")
         with serve_hub({"owner/model": repository, "owner/gated": 403, "owner/broken": 500}) as hub:
-            template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
-            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            use_hub(hub, monkeypatch, tmp_path / "hub-cache")
             yield hub
 
     @staticmethod

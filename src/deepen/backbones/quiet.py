@@ -1,6 +1,7 @@
 """Loading models without the libraries' own running commentary."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 from transformers.utils import logging
@@ -18,3 +19,11 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_deprecations() -> Iterator[None]:
+    """No word on names of fields that were usual when a file was published: whoever loads it can't change them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

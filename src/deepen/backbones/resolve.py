@@ -41,9 +41,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from deepen.backbones import smollm2, tiny
+from deepen.backbones import kimi_tokenizer, smollm2, tiny
 from deepen.backbones.identity import BaseIdentity, fingerprint, tokenizer_fingerprint
-from deepen.backbones.quiet import quiet_transformers
+from deepen.backbones.quiet import no_deprecations, quiet_transformers
 from deepen.core.errors import AddressError, CheckpointError, DeepenError, DownloadError, UnsupportedBackbone
 from deepen.core.files import read_json
 from deepen.core.hints import did_you_mean
@@ -328,7 +328,8 @@ def _load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     file = folder / "config.json"
     read_json(file, error=CheckpointError)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with no_deprecations():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except StrictDataclassError as cause:
         raise CheckpointError(f"{file} is not valid: {_brief(cause)}") from cause
     except (ValueError, KeyError, TypeError, OSError, ImportError) as cause:
@@ -338,8 +339,11 @@ def _load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
 def _load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if not any(path.is_file() for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         raise CheckpointError(f"{folder} has no tokenizer; tokenizer.save_pretrained puts it there")
+    if kimi_tokenizer.is_published_format(folder):
+        return kimi_tokenizer.read_tokenizer(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with no_deprecations():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as cause:  # each tokenizer format fails in its own way
         raise _not_loaded(folder, cause, part="tokenizer") from cause
 

@@ -24,7 +24,7 @@ def byte_tokenizer(*, context_length: int = 512) -> PreTrainedTokenizerFast:
     `decode(encode(text))` is `text` for every text. As with any tokenizer of transformers, a special token that is
     written out in the text becomes that token's id unless `split_special_tokens=True` is passed.
     """
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -42,7 +42,7 @@ def byte_tokenizer(*, context_length: int = 512) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table), in byte order.
 
     Bytes that print as themselves keep their character; the others take the characters from U+0100 on.

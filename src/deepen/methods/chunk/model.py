@@ -74,25 +74,23 @@ class ChunkRefineWrapper(nn.Module):
             hidden_size=hidden_size,
             num_parameters=backbone.num_parameters,
         )
-        self.refine_cells = nn.ModuleList(
-            RefineCell(hidden_size, config.d_state, self.plan.hidden) for _ in range(self.plan.num_cells)
-        )
-        self.boundary = BoundaryHead(
-            hidden_size, config.gate_hidden, config.max_chunk_len, commit_bias_init=config.commit_bias_init
-        )
-        self.latent_token = LatentToken(backbone.vocab_size, hidden_size) if config.use_latent_token else None
-        self.mask_token = MaskToken(hidden_size)
+        self.refine_cells = nn.ModuleList(self._new_cell(layer) for layer in self.plan.layers[: self.plan.num_cells])
+        with _built_on(backbone.device):
+            self.boundary = BoundaryHead(
+                hidden_size, config.gate_hidden, config.max_chunk_len, commit_bias_init=config.commit_bias_init
+            ).to(backbone.device)
+            if config.use_latent_token:
+                self.latent_token = LatentToken(backbone.vocab_size, hidden_size).to(backbone.device)
+            self.mask_token = MaskToken(hidden_size).to(backbone.device)
         if not backbone.embedding_weight.is_meta:
             self.mask_token.initialise_from(backbone.embedding_weight)
-        for module in self._sidecar().values():
-            module.to(backbone.device)
-        self._place_cells()
 
-    def _place_cells(self) -> None:
+    def _new_cell(self, layer: int) -> RefineCell:
         # A model spread over devices runs each cell where its layer is; a shared cell stays with the first one.
-        assert self.plan is not None and self.refine_cells is not None
-        for position, layer in enumerate(self.plan.layers[: len(self.refine_cells)]):
-            self.refine_cells[position].to(next(self.backbone.layers[layer].parameters()).device)
+        assert self.plan is not None
+        place = next(self.backbone.layers[layer].parameters()).device
+        with _built_on(place):
+            return RefineCell(self.backbone.hidden_size, self.config.d_state, self.plan.hidden).to(place)
 
     def _sidecar(self) -> dict[str, nn.Module]:
         parts = {
@@ -307,6 +305,11 @@ class ChunkRefineWrapper(nn.Module):
     def num_sidecar_parameters(self) -> int:
         """Trainable parameters of the sidecar; a shared cell counts once."""
         return sum(parameter.numel() for module in self._sidecar().values() for parameter in module.parameters())
+
+
+def _built_on(place: torch.device) -> torch.device:
+    """Where a part for `place` is built: drawn on the CPU, the same for every device, but never drawn for "meta"."""
+    return place if place.type == "meta" else torch.device("cpu")
 
 
 def _rows_of(input_ids: Tensor) -> list[tuple[int, ...]]:
