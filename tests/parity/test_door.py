@@ -39,7 +39,9 @@ from deepen.generate.sampling import SamplingConfig
 from deepen.generate.verify import Decoding, open_decoding, verify
 from deepen.methods.chunk.model import ChunkRefineWrapper
 
-NAMES = ("llama", "qwen3", "nanochat")
+NAMES = ("llama", "qwen3", "nanochat", "kimi_linear", "qwen3_next")
+# Recurrences round by the width of a pass; transformers' chunked gated delta rule by up to 2e-3 in a logit here.
+NEAR_TIES = {"kimi_linear": 1e-3, "qwen3_next": 4e-3}
 TOKENIZER = byte_tokenizer()
 LOOP = list(b"one two one two one two one")
 ROWS = [LOOP, list(b"The lamp is lit. The boat comes in."), list(b"a a a a")]
@@ -99,11 +101,6 @@ def end_of(tokens: Sequence[int], at: int) -> int:
 def test_one_row(name: str, draft: str) -> None:
     for row in ROWS:
         assert torch.equal(ours(name, [row], draft=draft), their(name, [row]))
-
-
-def test_recurrent_base() -> None:
-    for row in ROWS:
-        assert_same("kimi_linear", [row], ours("kimi_linear", [row], draft="auto"), their("kimi_linear", [row]))
 
 
 @every_model
@@ -191,7 +188,7 @@ def assert_same(name: str, rows: list[list[int]], found: Tensor, theirs: Tensor,
     if torch.equal(found, theirs):
         return
     width = max(map(len, rows))
-    limit = 1e-3 if name == "kimi_linear" else NEAR_TIE_MARGIN
+    limit = NEAR_TIES.get(name, NEAR_TIE_MARGIN)
     sampling = SamplingConfig(repetition_penalty=penalty)
     for row, one, other in zip(rows, found[:, width:].tolist(), theirs[:, width:].tolist(), strict=True):
         verdict = compare(wrapper(name).backbone, row, without_pads(one), without_pads(other), sampling=sampling)
@@ -262,7 +259,7 @@ class Rotated(LogitsProcessor):
         return scores
 
 
-@every_model
+@pytest.mark.parametrize("name", NAMES[:3])
 @pytest.mark.parametrize(
     "processors",
     [

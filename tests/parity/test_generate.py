@@ -28,16 +28,15 @@ from deepen.generate.stop import StopConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper
 
 ATTENTION_ONLY = ("llama", "qwen3", "nanochat")
-ALL = (*ATTENTION_ONLY, "kimi_linear")
+ALL = (*ATTENTION_ONLY, "kimi_linear", "qwen3_next")
 TOKENIZER = byte_tokenizer()
 PROMPT = list(b"The lamp is lit. The boat comes in. The lamp is")
 LOOP = list(b"one two one two one two one")
 NUM_NEW = 24
-# Its chunked and its one-token kernel sum a state in different orders.
-NEAR_TIE_RECURRENT = 1e-3
+# Recurrences round by the width of a pass; transformers' chunked gated delta rule by up to 2e-3 in a logit here.
+NEAR_TIES = {"kimi_linear": 1e-3, "qwen3_next": 4e-3}
 
 every_model = pytest.mark.parametrize("name", ALL)
-every_attention_model = pytest.mark.parametrize("name", ATTENTION_ONLY)
 prompts = st.lists(st.integers(0, 255), min_size=1, max_size=24)
 loops = st.builds(lambda unit, times: unit * times, st.lists(st.integers(0, 255), min_size=1, max_size=6), st.just(4))
 
@@ -126,7 +125,7 @@ def assert_same(
     sampling: SamplingConfig | None,
 ) -> None:
     """Equal, or parted by a near-tie of the unpacked base."""
-    limit = NEAR_TIE_RECURRENT if name == "kimi_linear" else NEAR_TIE_MARGIN
+    limit = NEAR_TIES.get(name, NEAR_TIE_MARGIN)
     for row, our_tokens, their_tokens in zip(rows, ours, theirs, strict=True):
         verdict = compare(backbone(name, packed=False), row, our_tokens, their_tokens, sampling=sampling)
         assert verdict.equal or verdict.margin < limit, f"{verdict}: {our_tokens} against {their_tokens}"
@@ -146,7 +145,7 @@ def test_any_prompt(name: str, row: list[int]) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.parametrize("penalty", [1.3, 0.6])
 def test_repetition_penalty(name: str, penalty: float) -> None:
     theirs = generate(name, [LOOP], repetition_penalty=penalty)
     assert theirs != generate(name, [LOOP])
@@ -183,7 +182,7 @@ def test_two_prompts_of_one_length(name: str) -> None:
     assert_plain_gives(name, rows, theirs, eos_ids=eos)
 
 
-@every_attention_model
+@every_model
 def test_prompts_of_different_lengths(name: str) -> None:
     rows = [PROMPT[:9], LOOP, PROMPT[-1:], PROMPT]
     theirs = generate(name, rows)
@@ -191,27 +190,27 @@ def test_prompts_of_different_lengths(name: str) -> None:
     assert_chunks_give(name, rows, theirs)
 
 
-@every_attention_model
+@every_model
 @pytest.mark.parametrize("draft", ["lookup", "jacobi", "mask", "auto"])
 def test_exact_chunks(name: str, draft: str) -> None:
     for row in (PROMPT, LOOP):
         assert_chunks_give(name, [row], generate(name, [row]), draft=draft)
 
 
-@every_attention_model
+@every_model
 def test_exact_chunks_end_where_theirs_do(name: str) -> None:
     eos = (generate(name, [LOOP])[0][9],)
     assert_chunks_give(name, [LOOP], generate(name, [LOOP], eos=eos), eos_ids=eos)
 
 
-@every_attention_model
+@pytest.mark.parametrize("name", ATTENTION_ONLY)  # transformers refuses to draft on the others
 def test_exact_chunks_against_their_prompt_lookup(name: str) -> None:
     for row in (PROMPT, LOOP):
         assert_chunks_give(name, [row], generate(name, [row], prompt_lookup_num_tokens=7))
 
 
 @share_of_profile(3, least=8)
-@given(name=st.sampled_from(ATTENTION_ONLY), row=loops, penalty=st.sampled_from([1.0, 1.2]))
+@given(name=st.sampled_from(ALL), row=loops, penalty=st.sampled_from([1.0, 1.2]))
 def test_exact_chunks_on_any_loop(name: str, row: list[int], penalty: float) -> None:
     theirs = generate(name, [row], repetition_penalty=penalty, max_new_tokens=12)
     assert_chunks_give(name, [row], theirs, sampling=SamplingConfig(repetition_penalty=penalty), max_new_tokens=12)

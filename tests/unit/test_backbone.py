@@ -19,7 +19,7 @@ from deepen.generate.stop import StopConfig
 from deepen.nn.attention import KEY_BLOCK
 
 ATTENTION_ONLY = ("llama", "qwen3", "nanochat")
-ALL = (*ATTENTION_ONLY, "kimi_linear")
+ALL = (*ATTENTION_ONLY, "kimi_linear", "qwen3_next")  # more of the last two in test_recurrence.py
 # Short ones, and ones about the length where attention begins to read another block of entries.
 lengths_of_prefixes = st.one_of(st.integers(0, 12), st.integers(KEY_BLOCK - 12, KEY_BLOCK + 3))
 
@@ -115,8 +115,10 @@ def test_another_architecture_works_by_the_same_rules() -> None:
 @torch.no_grad()
 def test_a_pass_is_the_models_forward(backbone: Backbone) -> None:
     prompt = ids(2, 20)
-    actual = backbone.run(prompt, backbone.new_cache(batch_size=2, capacity=20))
-    torch.testing.assert_close(actual, backbone.model(prompt).logits, rtol=1e-5, atol=1e-5)
+    cache = backbone.new_cache(batch_size=2, capacity=20)
+    actual = backbone.run(prompt, cache)
+    limit = 1e-4 if cache.recurrent_layers else 1e-5
+    torch.testing.assert_close(actual, backbone.model(prompt).logits, rtol=limit, atol=limit)
 
 
 @torch.no_grad()
@@ -254,25 +256,6 @@ def test_dropping_rows_keeps_the_others() -> None:
     cache = fill(backbone, prompt, 30)
     cache.keep_rows([2, 0])
     assert_holds(cache, backbone, [prompt[2], prompt[0]])
-
-
-@torch.no_grad()
-def test_a_recurrent_state_refuses_what_it_cannot_do() -> None:
-    backbone = attach("kimi_linear")
-    cache = fill(backbone, ids(1, 7), 30)
-    snapshot = cache.snapshot()
-    assert cache.recurrent_layers == (0, 1, 2)
-    backbone.run(ids(1, 4), cache)
-    with pytest.raises(RollbackError, match=r"keep 2 of the 4 tokens.*layers 0, 1, 2.*recurrent state"):
-        cache.commit([2])
-    with pytest.raises(RollbackError, match="forget the pass before this one"):
-        backbone.run(ids(1, 4), cache)
-    cache.commit([4])
-    with pytest.raises(RollbackError, match=r"go back from \[11\] to \[7\]"):
-        cache.rollback(snapshot)
-    ragged = backbone.new_cache(batch_size=2, capacity=8)
-    with pytest.raises(RollbackError, match=r"read \[3, 5\] tokens in different rows"):
-        backbone.run(ids(2, 5), ragged, widths=[3, 5])
 
 
 @torch.no_grad()

@@ -52,8 +52,9 @@ def test_flops_of_a_pass_are_those_torch_counts(name: str) -> None:
     assert pass_flops(backbone, num_positions=NUM_POSITIONS, context=0) == sum(total.values()) - hidden
 
 
-def test_flops_of_a_recurrent_pass_are_those_torch_counts_but_for_the_states() -> None:
-    backbone = eager("kimi_linear")
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_next"])
+def test_flops_of_a_recurrent_pass_are_those_torch_counts_but_for_the_states(name: str) -> None:
+    backbone = eager(name)
     counts, aten = counted(backbone), torch.ops.aten
     prefix = f"{type(backbone.model).__name__}.model.layers"
     # Weights meet positions in plain products; batched ones are attention's scores and the arithmetic of the states.
@@ -61,7 +62,8 @@ def test_flops_of_a_recurrent_pass_are_those_torch_counts_but_for_the_states() -
     # A window of four slides over three positions before the first, too.
     convolutions = Fraction(counts["Global"][aten.convolution] * NUM_POSITIONS, NUM_POSITIONS + 3)
     assert products + convolutions == pass_flops(backbone, num_positions=NUM_POSITIONS, context=0)
-    states = [counts[f"{prefix}.{layer}.self_attn"][aten.bmm] for layer in range(3)]
+    part = "self_attn" if name == "kimi_linear" else "linear_attn"
+    states = [counts[f"{prefix}.{layer}.{part}"][aten.bmm] for layer in range(3)]
     attention = counts[f"{prefix}.3.self_attn"][aten.bmm]
     assert counts["Global"][aten.bmm] == sum(states) + attention
 
@@ -106,6 +108,8 @@ def test_state_bytes_are_those_of_transformers_cache(name: str) -> None:
     held = 0
     for layer in cache.layers:
         tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        tensors += [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        tensors += getattr(layer, "recurrent_states", {}).values()
+        # They keep one input more than the convolution needs.
+        tensors += [columns[..., 1:] for columns in getattr(layer, "conv_states", {}).values()]
         held += sum(tensor.nbytes for tensor in tensors if tensor is not None)
     assert row_state_bytes(backbone, context=NUM_POSITIONS) == held

@@ -1,25 +1,44 @@
 """The committed prefix of a decoding: all that the project knows of transformers' caches stands here.
 
 A `PrefixCache` holds, for each row, what the untouched base would hold after reading the row's committed tokens.
-A pass starts from it (`begin`), writes its own keys and values behind the committed ones, and is forgotten unless
-`commit` says how many of its tokens count. Rows begin at entry 0 of their store and have their own lengths, so a
-ragged commit moves no data: entries behind a row's length are scratch that nothing may see and any pass may overwrite.
+A pass starts from it (`begin`), leaves beside it what its own tokens would add, and is forgotten unless `commit` says
+how many of them count in each row. Rows have their own lengths; no row is ever moved for another.
 
-Recurrent layers have no entries to leave behind: a pass has folded its tokens into the state when it ends. Until
-their replay is here, such a pass must be committed whole, by every row; anything else raises `RollbackError`.
+Attention layers keep entries. A pass writes its keys and values behind the committed ones, so entries behind a row's
+length are scratch that nothing may see and any pass may overwrite, and a ragged commit moves no data.
+
+Recurrent layers keep a state and a convolution window, into which a token is folded for good. Both are read-only: a
+pass computes from them and keeps apart what it wrote (nn/kda.py), from which a commit makes the state after each row's
+count of tokens. Nothing is in place, so a snapshot is the tensors themselves. Where that record of a pass would take
+more memory than a second pass takes time, `rollback="rerun"` keeps none: a commit of fewer tokens runs them again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
 from deepen.nn.attention import KEY_BLOCK, round_up
+from deepen.nn.kda import DeltaOutput, Record
+
+# How a commit of fewer tokens than a pass has read gets the state after them: from what the pass wrote, or by reading
+# them again.
+Rollback = Literal["replay", "rerun"]
+# Runs the last pass again over the first so many tokens of each row.
+RunAgain = Callable[[Sequence[int]], object]
 
 
 @dataclass(frozen=True)
@@ -45,11 +64,21 @@ class PassWindow:
         return round_up(max(map(sum, zip(self.offsets, self.widths, strict=True))), KEY_BLOCK)
 
 
+class RecurrentPrefix(NamedTuple):
+    """What a recurrent layer holds of each row's committed tokens; None before the first commit."""
+
+    state: Tensor | None = None
+    """`[B, H, K, V]`"""
+    columns: Tensor | None = None
+    """`[B, C, kernel - 1]`: the last inputs of the short convolution."""
+
+
 @dataclass(frozen=True)
 class CacheSnapshot:
-    """The lengths to come back to. Attention entries before them are never written again, so no copy is needed."""
+    """Where to come back to. Attention entries before `lengths` are never written again, and states never in place."""
 
     lengths: tuple[int, ...]
+    states: tuple[RecurrentPrefix, ...]
 
 
 class AttentionStore(CacheLayerMixin):
@@ -62,6 +91,10 @@ class AttentionStore(CacheLayerMixin):
         self._capacity = capacity
         self._both: Tensor | None = None
         self.window: PassWindow | None = None
+
+    def begin(self, window: PassWindow) -> None:
+        """A pass begins."""
+        self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, heads and widths of the first keys and values."""
@@ -115,13 +148,13 @@ class AttentionStore(CacheLayerMixin):
         for row, (offset, width) in enumerate(zip(window.offsets, window.widths, strict=True)):
             store[row, :, offset : offset + width] = states[row, :, :width]
 
-    def keep_rows(self, rows: Tensor) -> None:
+    def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows with these indices, in this order."""
+        kept = list(rows)
         if self._both is not None:
-            self._hold(self._both.index_select(0, rows))
+            self._hold(self._both[kept])
         elif self.is_initialized:
-            self.keys = self.keys.index_select(0, rows)
-            self.values = self.values.index_select(0, rows)
+            self.keys, self.values = self.keys[kept], self.values[kept]
 
     def num_bytes(self) -> int:
         """Bytes allocated."""
@@ -140,33 +173,139 @@ class AttentionStore(CacheLayerMixin):
         return self._capacity
 
 
+class RecurrentStore(LinearAttentionCacheLayerMixin):
+    """State and convolution window of one layer, and what the running pass would make of them."""
+
+    def __init__(self, *, keeps_record: bool) -> None:
+        """Without a record a pass can be committed as a whole or not at all."""
+        super().__init__()
+        self._keeps_record = keeps_record
+        self.window: PassWindow | None = None
+        self.prefix = RecurrentPrefix()
+        self._num_before = 0
+        self._columns: Tensor | None = None
+        self._state: Tensor | None = None
+        self._record: Record | None = None
+
+    def begin(self, window: PassWindow) -> None:
+        """A pass begins; the one before it, if it wasn't committed, is forgotten."""
+        self.window = window
+        self.forget()
+
+    @property
+    def real(self) -> Tensor | None:
+        """`[B, W]`, False where a row of the pass has a pad; None if none has."""
+        assert self.window is not None and self._columns is not None
+        width = self._columns.shape[-1] - self._num_before
+        if set(self.window.widths) == {width}:
+            return None
+        widths = torch.tensor(self.window.widths, device=self._columns.device)
+        return torch.arange(width, device=widths.device) < widths[:, None]
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
+    ) -> Tensor:
+        """The pass's inputs of the convolution `[B, C, W]` behind the last of the prefix."""
+        if self.window is None or conv_kernel_size is None or state_idx:
+            raise RollbackError("this cache was used outside of a pass: call PrefixCache.begin before the model")
+        before = self.prefix.columns
+        if before is None:
+            before = conv_states.new_zeros(*conv_states.shape[:2], conv_kernel_size - 1)
+        self._num_before = before.shape[-1]
+        self._columns = torch.cat([before, conv_states], dim=-1)
+        return self._columns
+
+    def record(self, output: DeltaOutput) -> None:
+        """Take what the recurrence of the pass gave."""
+        self._state = output.state
+        self._record = output.replay if self._keeps_record else None
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object) -> Tensor:
+        """transformers hands the last state over, rounded; `record` has it already."""
+        return recurrent_states
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        """Nothing is allocated ahead."""
+
+    def commit(self, counts: Sequence[int]) -> None:
+        """Fold the first `counts[row]` tokens of the pass into the prefix."""
+        if any(counts):
+            self.prefix = RecurrentPrefix(self._state_after(counts), self._columns_after(counts))
+        self.forget()
+
+    def _state_after(self, counts: Sequence[int]) -> Tensor:
+        assert self.window is not None and self._state is not None
+        if tuple(counts) == self.window.widths:
+            return self._state
+        assert self._record is not None, "without a record, a pass is committed whole"
+        before = self.prefix.state if self.prefix.state is not None else torch.zeros_like(self._state)
+        return self._record.state_after(torch.tensor(counts, device=before.device), before)
+
+    def _columns_after(self, counts: Sequence[int]) -> Tensor:
+        assert self._columns is not None
+        if len(set(counts)) == 1:
+            # A copy: a slice would keep the whole pass in memory.
+            return self._columns[:, :, counts[0] : counts[0] + self._num_before].clone()
+        places = [range(count, count + self._num_before) for count in counts]
+        index = torch.tensor(places, device=self._columns.device)[:, None]
+        return self._columns.gather(2, index.expand(-1, self._columns.shape[1], -1))
+
+    def forget(self) -> None:
+        """Drop what the pass has left."""
+        self._columns = self._state = self._record = None
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows with these indices, in this order."""
+        self.prefix = RecurrentPrefix(*(None if part is None else part[list(rows)] for part in self.prefix))
+
+    def num_bytes(self) -> int:
+        """Bytes of the prefix, and of what a pass has left that is neither committed nor forgotten."""
+        tensors = [*self.prefix, self._columns, self._state]
+        num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return num_bytes + (self._record.num_bytes() if self._record is not None else 0)
+
+
 class PrefixCache(Cache):
     """What the base holds of the committed tokens of B rows, with room for `capacity` tokens a row."""
 
-    def __init__(self, config: PreTrainedConfig, *, batch_size: int, capacity: int) -> None:
-        super().__init__(layers=_layers_for(config, round_up(capacity, KEY_BLOCK)))
+    def __init__(
+        self, config: PreTrainedConfig, *, batch_size: int, capacity: int, rollback: Rollback = "replay"
+    ) -> None:
+        super().__init__(layers=_layers_for(config, round_up(capacity, KEY_BLOCK), rollback))
         self.capacity = capacity
         self.lengths: list[int] = [0] * batch_size
+        self._reruns = rollback == "rerun"
         self._window: PassWindow | None = None
+        self._run_again: RunAgain | None = None
+
+    @property
+    def _recurrent(self) -> list[RecurrentStore]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentStore)]
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """Indices of layers that hold a state instead of entries."""
-        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, LinearAttentionLayer))
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, RecurrentStore))
 
-    def begin(self, widths: Sequence[int]) -> PassWindow:
-        """Open a pass over the next `widths[row]` tokens of each row; an uncommitted pass before it is forgotten."""
-        if self._window is not None and self.recurrent_layers:
-            raise self._impossible("forget the pass before this one")
+    def begin(self, widths: Sequence[int], run_again: RunAgain | None = None) -> PassWindow:
+        """Open a pass over the next `widths[row]` tokens of each row; an uncommitted pass before it is forgotten.
+
+        `run_again` is called, where states are not replayed, by a commit of fewer tokens: it has to begin and run the
+        same pass over so many tokens of each row.
+        """
         window = PassWindow(tuple(self.lengths), tuple(widths))
         self._check_room(window)
-        if self.recurrent_layers and len(set(widths)) > 1:
-            raise self._impossible(f"read {sorted(set(widths))} tokens in different rows of one pass")
-        self._window = window
+        self._window, self._run_again = window, run_again
         for layer in self.layers:
-            if isinstance(layer, AttentionStore):
-                layer.window = window
+            layer.begin(window)
         return window
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None, always: transformers would update the window in place, one token at a time."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state before the pass."""
+        return self.layers[layer_idx].prefix.state
 
     def _check_room(self, window: PassWindow) -> None:
         for row, (offset, width) in enumerate(zip(window.offsets, window.widths, strict=True)):
@@ -183,35 +322,63 @@ class PrefixCache(Cache):
         for row, (count, width) in enumerate(zip(counts, self._window.widths, strict=True)):
             if not 0 <= count <= width:
                 raise RollbackError(f"row {row}: can't commit {count} tokens of a pass over {width}")
-            if count < width and self.recurrent_layers:
-                raise self._impossible(f"keep {count} of the {width} tokens that row {row} has read")
-        self.lengths = [offset + count for offset, count in zip(self._window.offsets, counts, strict=True)]
-        self._window = None
+        lengths = [offset + count for offset, count in zip(self._window.offsets, counts, strict=True)]
+        if self._reruns and self._recurrent and any(counts) and tuple(counts) != self._window.widths:
+            self._read_again(counts)
+        for layer in self._recurrent:
+            layer.commit(counts)
+        self.lengths = lengths
+        self._window = self._run_again = None
+
+    def _read_again(self, counts: Sequence[int]) -> None:
+        if self._run_again is None:
+            raise RollbackError(
+                f"can't keep {list(counts)} tokens of a pass: {self._states} keep no record of it (rollback is "
+                '"rerun"), and begin was not told how to run it again'
+            )
+        self._run_again(counts)
+
+    @property
+    def _states(self) -> str:
+        return f"the recurrent layers {', '.join(map(str, self.recurrent_layers))}"
 
     def snapshot(self) -> CacheSnapshot:
-        """The present prefix, to come back to with `rollback`."""
-        return CacheSnapshot(tuple(self.lengths))
+        """The present prefix, to come back to with `rollback`; it holds on to the states there are now."""
+        return CacheSnapshot(tuple(self.lengths), tuple(layer.prefix for layer in self._recurrent))
 
     def rollback(self, snapshot: CacheSnapshot) -> None:
-        """Forget every token committed since `snapshot`; a snapshot of more tokens than the rows hold is an error."""
-        if snapshot.lengths == tuple(self.lengths) and self._window is None:
-            return
-        if self.recurrent_layers:
-            raise self._impossible(f"go back from {self.lengths} to {list(snapshot.lengths)} tokens")
+        """Forget every token committed since `snapshot`.
+
+        A snapshot of another cache, of other rows or of more tokens than the rows hold is an error, which says so.
+        """
+        self._check_goes_back(snapshot)
+        self.lengths = list(snapshot.lengths)
+        for layer, prefix in zip(self._recurrent, snapshot.states, strict=True):
+            layer.prefix = prefix
+            layer.forget()
+        self._window = None
+
+    def _check_goes_back(self, snapshot: CacheSnapshot) -> None:
         if len(snapshot.lengths) != len(self.lengths):
             raise RollbackError(f"the snapshot has {len(snapshot.lengths)} rows, the cache {len(self.lengths)}")
         if any(then > now for then, now in zip(snapshot.lengths, self.lengths, strict=True)):
             raise RollbackError(f"can't go forward: snapshot {list(snapshot.lengths)}, cache {self.lengths}")
-        self.lengths = list(snapshot.lengths)
-        self._window = None
+        if len(snapshot.states) != len(self._recurrent):
+            raise RollbackError(
+                f"the snapshot is of another model's cache: it has {len(snapshot.states)} recurrent states, this "
+                f"cache {len(self._recurrent)} (layers {', '.join(map(str, self.recurrent_layers)) or 'none'})"
+            )
+        for index, layer, then in zip(self.recurrent_layers, self._recurrent, snapshot.states, strict=True):
+            now = layer.prefix.state
+            if now is not None and then.state is not None and now.shape != then.state.shape:
+                raise RollbackError(
+                    f"layer {index}: the snapshot's state is {list(then.state.shape)}, the cache's {list(now.shape)}"
+                )
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows with these indices, in this order, and drop the others."""
         for layer in self.layers:
-            if isinstance(layer, AttentionStore) and layer.is_initialized:
-                layer.keep_rows(torch.tensor(rows, dtype=torch.int64, device=layer.device))
-            elif isinstance(layer, LinearAttentionLayer):
-                layer.reorder_cache(torch.tensor(rows, dtype=torch.int64))
+            layer.keep_rows(rows)
         self.lengths = [self.lengths[row] for row in rows]
         self._window = None
 
@@ -220,33 +387,27 @@ class PrefixCache(Cache):
         store, length = self.layers[layer], self.lengths[row]
         return store.keys[row, :, :length], store.values[row, :, :length]
 
+    def state(self, layer: int) -> RecurrentPrefix:
+        """What one recurrent layer holds of the committed tokens."""
+        return self.layers[layer].prefix
+
     def num_bytes(self) -> int:
         """Bytes really held, by attention stores and recurrent states together."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, AttentionStore):
-                total += layer.num_bytes()
-            else:
-                states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-                total += sum(state.nbytes for state in states if state is not None)
-        return total
-
-    def _impossible(self, wish: str) -> RollbackError:
-        layers = ", ".join(map(str, self.recurrent_layers))
-        return RollbackError(
-            f"can't {wish}: layers {layers} hold a recurrent state, which can't be taken back to an earlier token; "
-            "use plain decoding (draft 'ar') with rows of equal length on this model"
-        )
+        return sum(layer.num_bytes() for layer in self.layers)
 
 
-def _layers_for(config: PreTrainedConfig, capacity: int) -> list[AttentionStore | LinearAttentionLayer]:
-    """Our store for each full-attention layer, transformers' own state for each linear one."""
-    layers: list[AttentionStore | LinearAttentionLayer] = []
+def recurrent_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Indices of the layers that hold a state instead of entries, in a model with this `config`."""
+    return tuple(i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is LinearAttentionLayer)
+
+
+def _layers_for(config: PreTrainedConfig, capacity: int, rollback: Rollback) -> list[AttentionStore | RecurrentStore]:
+    layers: list[AttentionStore | RecurrentStore] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
             layers.append(AttentionStore(capacity))
         elif type(layer) is LinearAttentionLayer:
-            layers.append(layer)
+            layers.append(RecurrentStore(keeps_record=rollback == "replay"))
         else:
             raise UnsupportedBackbone(
                 f"layer {index} of this {config.model_type} model keeps a {type(layer).__name__}; "

@@ -1,6 +1,9 @@
 """What a pass of a base model costs, computed from its modules and configuration without running it."""
 
+from dataclasses import dataclass
+
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D  # a linear layer with its weight transposed
 
 from deepen.backbones.hf import Backbone
@@ -63,12 +66,58 @@ def row_state_bytes(backbone: Backbone, *, context: int) -> int:
     total = 0
     for layer in range(backbone.num_layers):
         if _is_recurrent(backbone, layer):
-            width = config.linear_num_heads * config.linear_head_dim
-            # A convolution window of queries, keys and values in the model's dtype; the state itself in fp32.
-            total += size * 3 * width * config.linear_conv_kernel_dim + 4 * width * config.linear_head_dim
+            heads = _DeltaHeads.of(config)
+            # A convolution window in the model's dtype; the state itself in fp32, or wider.
+            total += size * heads.num_columns * (config.linear_conv_kernel_dim - 1)
+            total += max(4, size) * heads.num_values * heads.key_width * heads.value_width
         elif getattr(config, "kv_lora_rank", None) is not None:
             total += size * context * (config.kv_lora_rank + config.qk_rope_head_dim)
         else:
             num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
             total += size * context * num_key_heads * sum(_head_widths(backbone))
     return total
+
+
+def replay_bytes_per_token(backbone: Backbone) -> int:
+    """Bytes that one token of a pass holds until its commit, so that a state after any count of them can be had.
+
+    Of each recurrent layer: the inputs of its convolution in the model's dtype; key, update and decay in fp32 or wider.
+    """
+    size = backbone.dtype.itemsize
+    total = 0
+    for layer in range(backbone.num_layers):
+        if _is_recurrent(backbone, layer):
+            heads = _DeltaHeads.of(backbone.config)
+            written = heads.num_values * (heads.key_width + heads.value_width + heads.decay_width)
+            total += size * heads.num_columns + max(4, size) * written
+    return total
+
+
+@dataclass(frozen=True)
+class _DeltaHeads:
+    """The heads of a model's delta attention."""
+
+    num_keys: int
+    num_values: int
+    key_width: int
+    value_width: int
+    decay_width: int
+    """Numbers that say how a head's state fades with a token."""
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "_DeltaHeads":
+        if hasattr(config, "linear_num_value_heads"):
+            return cls(
+                config.linear_num_key_heads,
+                config.linear_num_value_heads,
+                config.linear_key_head_dim,
+                config.linear_value_head_dim,
+                1,
+            )
+        heads, width = config.linear_num_heads, config.linear_head_dim
+        return cls(heads, heads, width, width, width)
+
+    @property
+    def num_columns(self) -> int:
+        """Channels of the short convolution: queries, keys and values."""
+        return 2 * self.num_keys * self.key_width + self.num_values * self.value_width

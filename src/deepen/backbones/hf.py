@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepen.backbones.attention import attention_of_pass
-from deepen.backbones.cache import PassWindow, PrefixCache
+from deepen.backbones.cache import PassWindow, PrefixCache, Rollback
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
+from deepen.backbones.recurrence import delta_forwards, recurrence_of_pass
 from deepen.core.errors import PromptError, UnsupportedBackbone
 from deepen.nn.attention import QUERY_BLOCK, Visibility, round_up
 from deepen.nn.linear import PackedForward, Packing, pack_linears
@@ -54,6 +55,7 @@ class Backbone:
         self.config = model.config.get_text_config(decoder=True)
         self.embedding, self.layers = points.embedding, points.layers
         self.final_norm, self.head = points.final_norm, points.head
+        self._delta_forwards = delta_forwards(self.layers, self.config)
         self._packing: Packing | None = None
         self._fused: tuple[nn.Module, ...] = ()
 
@@ -132,15 +134,15 @@ class Backbone:
             unfuse_layers(self._fused)
             self._fused = ()
 
-    def new_cache(self, *, batch_size: int, capacity: int) -> PrefixCache:
-        """An empty prefix for rows of up to `capacity` tokens."""
+    def new_cache(self, *, batch_size: int, capacity: int, rollback: Rollback = "replay") -> PrefixCache:
+        """An empty prefix for rows of up to `capacity` tokens; `rollback` is how recurrent states are taken back."""
         if self.context_length is not None and capacity > self.context_length:
             raise PromptError(
                 f"{capacity} tokens (prompt and new ones) exceed this model's context of {self.context_length}; "
                 "shorten the prompt or lower max_new_tokens"
             )
         self._recheck()
-        return PrefixCache(self.config, batch_size=batch_size, capacity=capacity)
+        return PrefixCache(self.config, batch_size=batch_size, capacity=capacity, rollback=rollback)
 
     def _recheck(self) -> None:
         # Writes through `.data` leave no trace that a pass could look for; once a decoding is often enough.
@@ -165,16 +167,22 @@ class Backbone:
         layer outputs while the pass runs.
         """
         batch, width = tokens.shape[:2]
-        window = cache.begin(widths if widths is not None else [width] * batch)
+
+        def run_again(counts: Sequence[int]) -> None:
+            self.run(tokens, cache, widths=counts, keep="last", edit=edit)
+
+        window = cache.begin(widths if widths is not None else [width] * batch, run_again)
         # Elementwise kernels treat the last few elements of a tensor apart, with other rounding, so passes come in
-        # whole blocks of positions. A recurrent state would read the pads: there a pass has the width it has.
+        # whole blocks of positions. The kernels of recurrent layers round by width in any case, and a pad would cost
+        # a mixture of experts as much as a token.
         num_pads = 0 if cache.recurrent_layers else round_up(width, QUERY_BLOCK) - width
         visibility = Visibility(window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype)
         last = [max(0, real - 1) for real in window.widths]
         kept = sorted(set(last)) if keep == "last" else range(width)
         fused = fused_pass(self.layers)
         attention = attention_of_pass(self.config, visibility)
-        with _lock_of(self.model), attention, fused, _layer_edits(self.layers, edit, width):
+        recurrence = recurrence_of_pass(self._delta_forwards)
+        with _lock_of(self.model), attention, recurrence, fused, _layer_edits(self.layers, edit, width):
             logits = self.model(
                 **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": _pad_positions(tokens, num_pads)},
                 attention_mask=_NO_MASK,

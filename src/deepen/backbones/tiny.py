@@ -1,4 +1,4 @@
-"""Random models of four architectures, small enough for tests, that behave like trained ones where it matters.
+"""Random models of five architectures, small enough for tests, that behave like trained ones where it matters.
 
 Greedy text from a model as transformers initialises it soon repeats one token, and then a wrong cache or a wrong
 position goes unnoticed. These weights are larger: the next token depends on the whole context, and the best logit
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from deepen.core.errors import AddressError
@@ -104,11 +105,33 @@ def _kimi_linear() -> PreTrainedConfig:
     )
 
 
+def _qwen3_next() -> PreTrainedConfig:
+    """Three layers of gated delta net, two value heads to a key head, one of gated attention; experts, top 2 of 4."""
+    # Smaller weights: with the others, transformers' own recurrence rounds too coarsely for what is promised above.
+    return Qwen3NextConfig(
+        **_SHARED | {"initializer_range": 0.15},
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=176,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        mlp_only_layers=[0],
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "nanochat": _nanochat,
     "kimi_linear": _kimi_linear,
+    "qwen3_next": _qwen3_next,
 }
 
 NAMES = tuple(_CONFIGS)

@@ -61,11 +61,11 @@ def run(options: Options) -> int:
 
 def inspect(address: str, opened: "Opened") -> dict[str, Any]:
     """What there is to know, as plain JSON types and full numbers."""
-    from deepen.backbones.costs import pass_flops, row_state_bytes
+    from deepen.backbones.costs import pass_flops, replay_bytes_per_token, row_state_bytes
 
     backbone, model = opened.backbone, opened.model
     parameters = dict(backbone.model.named_parameters(remove_duplicate=False))
-    # Making a cache tells whether chunk passes are possible on this model at all.
+    # Making a cache tells whether passes are possible on this model at all.
     recurrent = backbone.new_cache(batch_size=1, capacity=1).recurrent_layers
     return {
         "model": address,
@@ -74,6 +74,10 @@ def inspect(address: str, opened: "Opened") -> dict[str, Any]:
         "attach_points": _attach_points(backbone),
         "num_layers": backbone.num_layers,
         "recurrent_layers": list(recurrent),
+        "recurrent_bytes": {
+            "snapshot": row_state_bytes(backbone, context=0),
+            "replay_per_token": replay_bytes_per_token(backbone),
+        },
         "hidden_size": backbone.hidden_size,
         "vocab_size": backbone.vocab_size,
         "context_length": backbone.context_length,
@@ -140,6 +144,7 @@ def _print(findings: dict[str, Any]) -> None:
             **findings["attach_points"],
             "number of layers": findings["num_layers"],
             "recurrent layers": ", ".join(map(str, recurrent)) or None,
+            **(_recurrent_facts(findings["recurrent_bytes"]) if recurrent else {}),
             "hidden size": findings["hidden_size"],
             "vocabulary": findings["vocab_size"],
             "context": context_length,
@@ -165,6 +170,14 @@ def _print(findings: dict[str, Any]) -> None:
     )
     if findings["adapter"] is not None:
         _print_adapter(findings["adapter"])
+
+
+def _recurrent_facts(num_bytes: dict[str, int]) -> dict[str, str]:
+    """What it takes to go back to an earlier token: a copy of the states, or a record of each token of a pass."""
+    return {
+        "a snapshot of their states": f"{quantity(num_bytes['snapshot'], 'B')} a row",
+        "their record of a pass": f"{quantity(num_bytes['replay_per_token'], 'B')} a token",
+    }
 
 
 def _context(tokens: int, context_length: int | None) -> str:

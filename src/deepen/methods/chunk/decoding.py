@@ -136,9 +136,6 @@ class ExactDecoder:
         return self._do(choices, decoding, sampler)
 
     def _do_what_pays(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
-        if decoding.cache.recurrent_layers:
-            # A rejected draft would have to be taken back out of a state, so none can pay.
-            return self._plain(decoding, sampler)
         policy = decoding.policy
         offers = [
             Offer(copied, pending.shortened(self._most(decoding, row)), self._most_slots(decoding, row))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import ConfigError
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt, RowAdvance, Spent
 from deepen.generate.scoring import log_probs_of
@@ -80,11 +79,6 @@ class RefinedDecoder:
     def open(self, prompt: Prompt) -> RefinedDecoding:
         """Read the prompt."""
         decoding = open_decoding(self.backbone, prompt, scratch=self.scratch)
-        if decoding.cache.recurrent_layers:
-            raise ConfigError(
-                "commit_mode refined runs several passes over one chunk, and this base's recurrent layers can't take "
-                "a pass back; set commit_mode to exact, which decodes plainly there"
-            )
         return RefinedDecoding(
             **vars(decoding),
             unread=[row[-1:] for row in decoding.rows],

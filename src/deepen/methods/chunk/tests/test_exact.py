@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import ConfigError, PromptError, RollbackError
+from deepen.core.errors import ConfigError, PromptError
 from deepen.core.types import Batch, Prompt, RowAdvance
 from deepen.data.tokenizer import byte_tokenizer
 from deepen.generate.events import RowResult
@@ -406,17 +406,3 @@ def test_generate_chunks_reproduces_a_row_by_its_seed() -> None:
     both = model.generate_chunks(ids, seed=5, **settings)
     assert not torch.equal(both[0], both[1])
     assert torch.equal(both[1:], model.generate_chunks(ids[1:], seed=6, **settings))
-
-
-def test_a_recurrent_base_decodes_plainly_and_refuses_drafts_asked_for() -> None:
-    base = Backbone.attach(tiny.build("kimi_linear"))
-    stop = StopConfig(max_new_tokens=10)
-    prompt = [[1, 2, 3] * 4]
-    plain = complete(PlainDecoder(base), prompt, stop=stop)[0].tokens
-    config = RecursiveConfig(recursive_enabled=True, draft="auto", d_state=8, chunk_width=8)
-    for draft in ("auto", "ar"):
-        model = ChunkRefineWrapper(base.model, replace(config, draft=draft))
-        assert complete(model, prompt, stop=stop)[0].tokens == plain
-    for draft in ("lookup", "jacobi"):
-        with pytest.raises(RollbackError, match="recurrent state"):
-            complete(ChunkRefineWrapper(base.model, replace(config, draft=draft)), prompt, stop=stop)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CannotScore, ConfigError, PromptError
+from deepen.core.errors import CannotScore, PromptError
 from deepen.core.types import Batch, Prompt
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
@@ -311,11 +311,6 @@ def test_a_text_without_room_for_drafts_is_not_scored() -> None:
 def test_the_context_must_hold_the_latent_token_too() -> None:
     with pytest.raises(PromptError, match="513 tokens"):
         complete(wrapper("llama"), [[1] * 500], stop=StopConfig(max_new_tokens=12))
-
-
-def test_recurrent_bases_are_refused() -> None:
-    with pytest.raises(ConfigError, match="set commit_mode to exact"):
-        wrapper("kimi_linear").open(Prompt(((1, 2),), 4))
 
 
 def trained_tensors(model: ChunkRefineWrapper) -> dict[str, Tensor]:
