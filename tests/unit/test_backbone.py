@@ -245,8 +245,31 @@ def test_rollback_returns_to_the_snapshot_and_never_forward() -> None:
     late = cache.snapshot()
     cache.rollback(early)
     assert_holds(cache, backbone, [prompt[0]])
-    with pytest.raises(RollbackError, match="can't go forward"):
+    with pytest.raises(RollbackError, match=r"can't return from \[7\] to \[13\] tokens"):
         cache.rollback(late)
+
+
+@torch.no_grad()
+def test_a_snapshot_of_what_is_no_longer_there_is_refused() -> None:
+    backbone = attach("llama")
+    prompt = ids(2, 7)
+    cache = fill(backbone, prompt, 30)
+    early = cache.snapshot()
+    backbone.run(ids(2, 4, seed=1), cache)
+    cache.commit([2, 2])
+    middle = cache.snapshot()
+    cache.rollback(early)
+    backbone.run(ids(2, 4, seed=2), cache)
+    cache.commit([4, 4])  # longer than `middle`, but other tokens stand there now
+    with pytest.raises(RollbackError, match=r"tokens that were dropped"):
+        cache.rollback(middle)
+    cache.rollback(early)
+    assert_holds(cache, backbone, list(prompt))
+    cache.keep_rows([1, 0])
+    with pytest.raises(RollbackError, match=r"of rows or tokens that were dropped"):
+        cache.rollback(early)
+    with pytest.raises(RollbackError, match=r"the snapshot is of another cache"):
+        cache.rollback(fill(backbone, prompt, 30).snapshot())
 
 
 @torch.no_grad()

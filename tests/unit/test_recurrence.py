@@ -92,15 +92,20 @@ def test_every_count_of_a_pass_can_be_committed(
     name: str, rollback: Rollback, width: int, dtype: torch.dtype, step: int
 ) -> None:
     """Alone and beside a row of another length that commits another count; the next pass goes on from there."""
-    base, lengths, after = backbone(name, dtype), (3, 5), 2
-    rows = ids(2, max(lengths) + width + after, seed=width)
+    for lengths in ((3, 5), (4,)):
+        assert_every_count(backbone(name, dtype), rollback, width, step, lengths)
+
+
+def assert_every_count(base: Backbone, rollback: Rollback, width: int, step: int, lengths: tuple[int, ...]) -> None:
+    after = 2
+    rows = ids(len(lengths), max(lengths) + width + after, seed=width)
     steps = [StepByStep(base, row) for row in rows]
     cache = read(base, rows, lengths, rows.shape[1] + 9, rollback)
     before = cache.snapshot()
     chunk = torch.stack([row[length : length + width] for row, length in zip(rows, lengths, strict=True)])
     for count in range(0, width + 1, step):
         cache.rollback(before)
-        counts = (count, width - count)
+        counts = (count, width - count)[: len(lengths)]
         logits = base.run(chunk, cache)
         cache.commit(counts)
         starts = [length + count for length, count in zip(lengths, counts, strict=True)]
@@ -256,20 +261,10 @@ def test_what_a_cache_refuses_it_says() -> None:
     cache.commit([2, 2])
     late = cache.snapshot()
     cache.rollback(early)
-    with pytest.raises(RollbackError, match=r"can't go forward: snapshot \[9, 9\], cache \[7, 7\]"):
+    with pytest.raises(RollbackError, match=r"can't return from \[7, 7\] to \[9, 9\] tokens"):
         cache.rollback(late)
-    other = read(backbone("qwen3_next"), rows, (8, 8), 40, "replay")
-    other.rollback(other.snapshot())
-    with pytest.raises(RollbackError, match=r"the snapshot has 1 rows, the cache 2"):
-        cache.rollback(read(base, rows[:1], (3,), 40, "replay").snapshot())
-    llama = Backbone.attach(tiny.build("llama"))
-    with pytest.raises(RollbackError, match=r"another model's cache.*0 recurrent states.*3 \(layers 0, 1, 2\)"):
-        cache.rollback(read(llama, rows, (3, 3), 40, "replay").snapshot())
-    wider = tiny.build("kimi_linear").config
-    wider.linear_head_dim, wider.hidden_size = 32, 64
-    wide = Backbone.attach(type(base.model)(wider))
-    with pytest.raises(RollbackError, match=r"layer 0: the snapshot's state is \[2, 4, 32, 32\], the cache's"):
-        cache.rollback(read(wide, rows, (3, 3), 40, "replay").snapshot())
+    with pytest.raises(RollbackError, match="the snapshot is of another cache"):
+        cache.rollback(read(base, rows, (3, 3), 40, "replay").snapshot())
     rerun = base.new_cache(batch_size=1, capacity=9, rollback="rerun")
     rerun.begin([4])
     with pytest.raises(RollbackError, match=r"can't keep \[2\].*layers 0, 1, 2 keep no record.*not told how to run"):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -73,9 +74,9 @@ class RecurrentPrefix(NamedTuple):
     """`[B, C, kernel - 1]`: the last inputs of the short convolution."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CacheSnapshot:
-    """Where to come back to. Attention entries before `lengths` are never written again, and states never in place."""
+    """Where to come back to: no copy, since states are never written in place, nor entries before `lengths`."""
 
     lengths: tuple[int, ...]
     states: tuple[RecurrentPrefix, ...]
@@ -275,6 +276,7 @@ class PrefixCache(Cache):
         self.capacity = capacity
         self.lengths: list[int] = [0] * batch_size
         self._reruns = rollback == "rerun"
+        self._snapshots: WeakSet[CacheSnapshot] = WeakSet()
         self._window: PassWindow | None = None
         self._run_again: RunAgain | None = None
 
@@ -344,43 +346,38 @@ class PrefixCache(Cache):
 
     def snapshot(self) -> CacheSnapshot:
         """The present prefix, to come back to with `rollback`; it holds on to the states there are now."""
-        return CacheSnapshot(tuple(self.lengths), tuple(layer.prefix for layer in self._recurrent))
+        snapshot = CacheSnapshot(tuple(self.lengths), tuple(layer.prefix for layer in self._recurrent))
+        self._snapshots.add(snapshot)
+        return snapshot
 
     def rollback(self, snapshot: CacheSnapshot) -> None:
-        """Forget every token committed since `snapshot`.
+        """Forget every token committed since `snapshot`, any number of times.
 
-        A snapshot of another cache, of other rows or of more tokens than the rows hold is an error, which says so.
+        Impossible, and an error, for a snapshot of another cache, of rows that `keep_rows` has dropped or moved since,
+        and of tokens that an earlier rollback has forgotten: others stand in their entries.
         """
-        self._check_goes_back(snapshot)
+        if snapshot not in self._snapshots:
+            raise RollbackError(
+                f"can't return from {self.lengths} to {list(snapshot.lengths)} tokens: the snapshot is of another "
+                "cache, or of rows or tokens that were dropped since it was taken"
+            )
         self.lengths = list(snapshot.lengths)
         for layer, prefix in zip(self._recurrent, snapshot.states, strict=True):
             layer.prefix = prefix
             layer.forget()
-        self._window = None
+        self._window = self._run_again = None
+        self._snapshots = WeakSet(each for each in self._snapshots if self._still_hold(each))
 
-    def _check_goes_back(self, snapshot: CacheSnapshot) -> None:
-        if len(snapshot.lengths) != len(self.lengths):
-            raise RollbackError(f"the snapshot has {len(snapshot.lengths)} rows, the cache {len(self.lengths)}")
-        if any(then > now for then, now in zip(snapshot.lengths, self.lengths, strict=True)):
-            raise RollbackError(f"can't go forward: snapshot {list(snapshot.lengths)}, cache {self.lengths}")
-        if len(snapshot.states) != len(self._recurrent):
-            raise RollbackError(
-                f"the snapshot is of another model's cache: it has {len(snapshot.states)} recurrent states, this "
-                f"cache {len(self._recurrent)} (layers {', '.join(map(str, self.recurrent_layers)) or 'none'})"
-            )
-        for index, layer, then in zip(self.recurrent_layers, self._recurrent, snapshot.states, strict=True):
-            now = layer.prefix.state
-            if now is not None and then.state is not None and now.shape != then.state.shape:
-                raise RollbackError(
-                    f"layer {index}: the snapshot's state is {list(then.state.shape)}, the cache's {list(now.shape)}"
-                )
+    def _still_hold(self, snapshot: CacheSnapshot) -> bool:
+        return all(then <= now for then, now in zip(snapshot.lengths, self.lengths, strict=True))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows with these indices, in this order, and drop the others."""
         for layer in self.layers:
             layer.keep_rows(rows)
         self.lengths = [self.lengths[row] for row in rows]
-        self._window = None
+        self._window = self._run_again = None
+        self._snapshots = WeakSet()
 
     def entries(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values `[N, length, E]` of one row of one attention layer, for comparison."""
