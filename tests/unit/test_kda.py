@@ -198,14 +198,14 @@ def test_a_pass_may_be_cut_anywhere(width: int, cut: int, strength: float, seed:
 @every_decay
 def test_the_state_after_any_number_of_tokens(width: int, per_head: bool, strength: float) -> None:
     drawn = draw_pass(width, strength, batch=3, per_head=per_head, ragged=True).leaves(torch.float64)
-    replay = drawn.run(real=drawn.real).replay
+    record = drawn.run(real=drawn.real).record
     stopped = [drawn.initial, *(stop_after(drawn, count) for count in range(1, width + 1))]
     for count in range(width + 1):
         counts = torch.tensor([count, width - count, (2 * count) % (width + 1)])
-        actual = replay.state_after(counts, drawn.initial)
+        actual = record.state_after(counts, drawn.initial)
         expected = torch.stack([stopped[each][row] for row, each in enumerate(counts)])
         assert_near(actual, expected.detach(), FLOAT64, f"state after {counts.tolist()}")
-    assert torch.equal(replay.state_after(torch.zeros(3, dtype=torch.long), drawn.initial), drawn.initial)
+    assert torch.equal(record.state_after(torch.zeros(3, dtype=torch.long), drawn.initial), drawn.initial)
 
 
 def stop_after(drawn: Pass, count: int) -> Tensor:
@@ -216,9 +216,9 @@ def stop_after(drawn: Pass, count: int) -> Tensor:
 def test_a_state_after_few_tokens_keeps_small_decays_behind_a_large_one() -> None:
     drawn = draw_pass(6, 1e-3)
     drawn.log_decay[:, 1] = -1e6
-    replay = drawn.run().replay
+    record = drawn.run().record
     exact = drawn.part(0, 5, drawn.initial).leaves(torch.float64)
-    actual = replay.state_after(torch.tensor([5]), drawn.initial)
+    actual = record.state_after(torch.tensor([5]), drawn.initial)
     assert_near(actual, one_by_one(exact)[1].detach(), 1e-6, "state")
 
 
@@ -235,7 +235,7 @@ def test_what_stands_at_a_pad_reaches_nothing(width: int, garbage: float) -> Non
     for drawn in (clean, dirty):
         leaves = drawn.leaves(torch.float32)
         result = leaves.run(real=leaves.real)
-        after = result.replay.state_after(torch.tensor([width, width // 2, width]), leaves.initial)
+        after = result.record.state_after(torch.tensor([width, width // 2, width]), leaves.initial)
         results.append([result.out, result.state, after, *gradients(leaves, result.out, result.state).values()])
         assert torch.equal(result.state[0], leaves.initial[0])
         assert not result.out[~leaves.real].any()
@@ -370,10 +370,10 @@ def test_kernels_get_what_they_take(monkeypatch: pytest.MonkeyPatch, per_head: b
     assert_near(actual.state, expected.state, 1e-6, "state")
     for count in (0, 1, 7, 20):
         counts = torch.tensor([count, 20 - count, 5])
-        assert isinstance(expected.replay, Replay) and not isinstance(actual.replay, Replay)
-        after = [result.replay.state_after(counts, drawn.initial) for result in (actual, expected)]
+        assert isinstance(expected.record, Replay) and not isinstance(actual.record, Replay)
+        after = [result.record.state_after(counts, drawn.initial) for result in (actual, expected)]
         assert_near(*after, 1e-6, "state after")
-    assert torch.equal(actual.replay.state_after(torch.zeros(3, dtype=torch.long), drawn.initial), drawn.initial)
+    assert torch.equal(actual.record.state_after(torch.zeros(3, dtype=torch.long), drawn.initial), drawn.initial)
 
 
 def test_the_recurrent_kernel_runs_short_passes_that_want_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

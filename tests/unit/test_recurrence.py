@@ -1,20 +1,23 @@
 """Recurrent layers: any count of a pass's tokens can be committed, and pads and forgotten tokens leave no trace."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
+import accelerate
 import pytest
 import torch
 from effort import share_of_profile
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BambaConfig, BambaForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import BambaConfig, BambaForCausalLM, Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from deepen.backbones import tiny
-from deepen.backbones.cache import PrefixCache, Rollback
+from deepen.backbones.cache import PrefixCache
 from deepen.backbones.costs import replay_bytes_per_token, row_state_bytes
 from deepen.backbones.hf import Backbone
 from deepen.backbones.recurrence import DeltaForward, rebound, stop_using_delta_attention, use_delta_attention
@@ -23,7 +26,8 @@ from deepen.nn.kda import BLOCK
 
 RECURRENT = ("kimi_linear", "qwen3_next")
 every_model = pytest.mark.parametrize("name", RECURRENT)
-ROLLBACKS: tuple[Rollback, ...] = ("replay", "rerun")
+# How the state after a part of a pass is had: from its record, or by going back and reading that part alone.
+ROLLBACKS = ("replay", "rerun")
 
 
 @cache
@@ -68,8 +72,21 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=limit, atol=limit * max(1.0, float(expected.abs().max())))
 
 
-def read(base: Backbone, prompt: Tensor, lengths: Sequence[int], capacity: int, rollback: Rollback) -> PrefixCache:
-    cache = base.new_cache(batch_size=len(lengths), capacity=capacity, rollback=rollback)
+def read_part(
+    base: Backbone, cache: PrefixCache, chunk: Tensor, widths: Sequence[int], counts: Sequence[int], rollback: str
+) -> Tensor:
+    """A pass over `widths` tokens of which `counts` are committed; its logits."""
+    before = cache.snapshot()
+    logits = base.run(chunk, cache, widths=widths, whole=rollback == "rerun")
+    if rollback == "rerun":
+        cache.rollback(before)
+        base.run(chunk, cache, widths=counts, whole=True)
+    cache.commit(counts)
+    return logits
+
+
+def read(base: Backbone, prompt: Tensor, lengths: Sequence[int], capacity: int) -> PrefixCache:
+    cache = base.new_cache(batch_size=len(lengths), capacity=capacity)
     base.run(prompt[:, : max(lengths)], cache, widths=lengths)
     cache.commit(lengths)
     return cache
@@ -89,25 +106,24 @@ def read(base: Backbone, prompt: Tensor, lengths: Sequence[int], capacity: int, 
     ],
 )
 def test_every_count_of_a_pass_can_be_committed(
-    name: str, rollback: Rollback, width: int, dtype: torch.dtype, step: int
+    name: str, rollback: str, width: int, dtype: torch.dtype, step: int
 ) -> None:
     """Alone and beside a row of another length that commits another count; the next pass goes on from there."""
     for lengths in ((3, 5), (4,)):
         assert_every_count(backbone(name, dtype), rollback, width, step, lengths)
 
 
-def assert_every_count(base: Backbone, rollback: Rollback, width: int, step: int, lengths: tuple[int, ...]) -> None:
+def assert_every_count(base: Backbone, rollback: str, width: int, step: int, lengths: tuple[int, ...]) -> None:
     after = 2
     rows = ids(len(lengths), max(lengths) + width + after, seed=width)
     steps = [StepByStep(base, row) for row in rows]
-    cache = read(base, rows, lengths, rows.shape[1] + 9, rollback)
+    cache = read(base, rows, lengths, rows.shape[1] + 9)
     before = cache.snapshot()
     chunk = torch.stack([row[length : length + width] for row, length in zip(rows, lengths, strict=True)])
     for count in range(0, width + 1, step):
         cache.rollback(before)
         counts = (count, width - count)[: len(lengths)]
-        logits = base.run(chunk, cache)
-        cache.commit(counts)
+        logits = read_part(base, cache, chunk, [width] * len(lengths), counts, rollback)
         starts = [length + count for length, count in zip(lengths, counts, strict=True)]
         going_on = base.run(
             torch.stack([row[start : start + after] for row, start in zip(rows, starts, strict=True)]), cache
@@ -129,19 +145,18 @@ def assert_every_count(base: Backbone, rollback: Rollback, width: int, step: int
         ),
     ],
 )
-def test_a_hundred_random_commits_in_a_row(name: str, rollback: Rollback, batch: int) -> None:
+def test_a_hundred_random_commits_in_a_row(name: str, rollback: str, batch: int) -> None:
     base, draw = backbone(name), torch.Generator().manual_seed(3)
     rows = ids(batch, 320)
     steps = [StepByStep(base, row) for row in rows]
-    cache = base.new_cache(batch_size=batch, capacity=340, rollback=rollback)
+    cache = base.new_cache(batch_size=batch, capacity=340)
     for _ in range(100):
         widths = torch.randint(1, 10, (batch,), generator=draw).tolist()
         counts = [int(torch.randint(0, min(4, width) + 1, (1,), generator=draw)) for width in widths]
         chunk = ids(batch, max(widths), seed=9)  # stands at the pads
         for row, (width, length) in enumerate(zip(widths, cache.lengths, strict=True)):
             chunk[row, :width] = rows[row, length : length + width]
-        base.run(chunk, cache, widths=widths)
-        cache.commit(counts)
+        read_part(base, cache, chunk, widths, counts, rollback)
     assert min(cache.lengths) > 100
     for row in range(batch):
         steps[row].assert_held(cache, row, cache.lengths[row])
@@ -155,24 +170,19 @@ def test_a_hundred_random_commits_in_a_row(name: str, rollback: Rollback, batch:
     lengths=st.lists(st.one_of(st.integers(0, 12), st.integers(BLOCK - 2, BLOCK + 2)), min_size=1, max_size=4),
     data=st.data(),
 )
-def test_ragged_rows_are_each_the_row_alone(
-    name: str, rollback: Rollback, lengths: list[int], data: st.DataObject
-) -> None:
+def test_ragged_rows_are_each_the_row_alone(name: str, rollback: str, lengths: list[int], data: st.DataObject) -> None:
     base, batch = backbone(name), len(lengths)
     widths = data.draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch))
     counts = [data.draw(st.integers(0, width)) for width in widths]
-    if not any(widths):
-        return
     rows = ids(batch, BLOCK + 12)
-    cache = base.new_cache(batch_size=batch, capacity=BLOCK + 12, rollback=rollback)
+    cache = base.new_cache(batch_size=batch, capacity=BLOCK + 12)
     if any(lengths):
         base.run(rows[:, : max(lengths)], cache, widths=lengths)
         cache.commit(lengths)
-    chunk = ids(batch, max(widths), seed=5)
+    chunk = ids(batch, max(1, *widths), seed=5)
     for row, (length, width) in enumerate(zip(lengths, widths, strict=True)):
         chunk[row, :width] = rows[row, length : length + width]
-    logits = base.run(chunk, cache, widths=widths)
-    cache.commit(counts)
+    logits = read_part(base, cache, chunk, widths, counts, rollback)
     for row, (length, width, count) in enumerate(zip(lengths, widths, counts, strict=True)):
         alone = base.new_cache(batch_size=1, capacity=BLOCK + 12)
         if width:
@@ -215,7 +225,7 @@ def test_what_stands_at_pads_reaches_nothing(name: str) -> None:
 @every_model
 def test_a_forgotten_pass_leaves_no_trace(name: str) -> None:
     base, rows = backbone(name), ids(2, 12)
-    cache = read(base, rows, (7, 7), 40, "replay")
+    cache = read(base, rows, (7, 7), 40)
     expected = base.run(rows[:, 7:], cache)
     base.run(ids(2, 9, seed=3), cache, edit=lambda layer, h: torch.full_like(h, 1e6))
     assert torch.equal(base.run(rows[:, 7:], cache), expected)
@@ -228,7 +238,7 @@ def test_a_forgotten_pass_leaves_no_trace(name: str) -> None:
 @every_model
 def test_a_snapshot_can_be_returned_to_more_than_once(name: str) -> None:
     base, rows = backbone(name), ids(2, 12)
-    cache = read(base, rows, (7, 7), 40, "replay")
+    cache = read(base, rows, (7, 7), 40)
     early = cache.snapshot()
     expected = base.run(rows[:, 7:], cache)
     for seed in (1, 2):
@@ -243,7 +253,7 @@ def test_a_snapshot_can_be_returned_to_more_than_once(name: str) -> None:
 @every_model
 def test_dropping_rows_keeps_the_others(name: str) -> None:
     base, rows = backbone(name), ids(3, 12)
-    cache = read(base, rows, (7, 4, 6), 40, "replay")
+    cache = read(base, rows, (7, 4, 6), 40)
     states = [cache.state(layer) for layer in cache.recurrent_layers]
     cache.keep_rows([2, 0])
     assert cache.lengths == [6, 7]
@@ -255,7 +265,7 @@ def test_dropping_rows_keeps_the_others(name: str) -> None:
 @torch.no_grad()
 def test_what_a_cache_refuses_it_says() -> None:
     base, rows = backbone("kimi_linear"), ids(2, 12)
-    cache = read(base, rows, (7, 7), 40, "replay")
+    cache = read(base, rows, (7, 7), 40)
     early = cache.snapshot()
     base.run(rows[:, :2], cache)
     cache.commit([2, 2])
@@ -264,14 +274,77 @@ def test_what_a_cache_refuses_it_says() -> None:
     with pytest.raises(RollbackError, match=r"can't return from \[7, 7\] to \[9, 9\] tokens"):
         cache.rollback(late)
     with pytest.raises(RollbackError, match="the snapshot is of another cache"):
-        cache.rollback(read(base, rows, (3, 3), 40, "replay").snapshot())
-    rerun = base.new_cache(batch_size=1, capacity=9, rollback="rerun")
-    rerun.begin([4])
-    with pytest.raises(RollbackError, match=r"can't keep \[2\].*layers 0, 1, 2 keep no record.*not told how to run"):
-        rerun.commit([2])
-    untouched = base.new_cache(batch_size=1, capacity=9)
+        cache.rollback(read(base, rows, (3, 3), 40).snapshot())
+    base.run(rows[:, :4], cache, whole=True)
+    with pytest.raises(RollbackError, match=r"row 0: can't commit 2 of 4 tokens.*layers 0, 1, 2, which hold a state"):
+        cache.commit([2, 4])
+    cache.commit([4, 4])
     with pytest.raises(RollbackError, match=r"call PrefixCache\.begin"):
-        base.model(rows[:1], past_key_values=untouched)
+        base.model(rows, past_key_values=cache)
+    with pytest.raises(RollbackError, match="changed by commit, rollback and keep_rows only"):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.get_seq_length() == 11
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", *RECURRENT])
+def test_a_pass_that_broke_off_is_not_committed(name: str) -> None:
+    base, rows = backbone(name), ids(2, 12)
+    cache = read(base, rows, (7, 7), 40)
+    expected = base.run(rows[:, 7:], cache)
+
+    def breaks(layer: int, h: Tensor) -> Tensor:
+        if layer == 2:
+            raise MemoryError
+        return h + 1
+
+    with pytest.raises(MemoryError):
+        base.run(rows[:, 7:], cache, edit=breaks)
+    with pytest.raises(RollbackError, match="did not come to its end"):
+        cache.commit([3, 3])
+    assert torch.equal(base.run(rows[:, 7:], cache), expected)
+    cache.commit([5, 5])
+
+
+@torch.no_grad()
+def test_no_cache_outlives_its_owner() -> None:
+    """It holds most of the memory, and no cycle may keep it until the garbage collector comes by."""
+    base = backbone("kimi_linear")
+    cache = read(base, ids(2, 7), (7, 7), 40)
+    base.run(ids(2, 3), cache)
+    held = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+@every_model
+def test_offloaded_layers_are_fetched(name: str) -> None:
+    plain, offloaded = tiny.build(name), tiny.build(name)
+    for layer in offloaded.model.layers[:3]:
+        accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
+    rows = ids(2, 7)
+    logits = [Backbone.attach(model).run(rows, new_cache(model, 2, 9)) for model in (plain, offloaded)]
+    assert torch.equal(*logits)
+    use_delta_attention(offloaded)
+    assert torch.equal(offloaded(rows).logits, logits_with_op(plain, rows))
+    stop_using_delta_attention(offloaded)
+    assert torch.equal(offloaded(rows).logits, plain(rows).logits)
+
+
+def new_cache(model: PreTrainedModel, batch: int, capacity: int) -> PrefixCache:
+    return Backbone.attach(model).new_cache(batch_size=batch, capacity=capacity)
+
+
+def logits_with_op(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    use_delta_attention(model)
+    logits = model(rows).logits
+    stop_using_delta_attention(model)
+    return logits
 
 
 def test_other_recurrent_layers_are_refused_by_name() -> None:
@@ -291,29 +364,27 @@ def test_other_recurrent_layers_are_refused_by_name() -> None:
 
 @torch.no_grad()
 @every_model
-@pytest.mark.parametrize("rollback", ROLLBACKS)
-def test_bytes_are_those_that_are_held(name: str, rollback: Rollback) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_bytes_are_those_that_are_held(name: str, whole: bool) -> None:
     base = backbone(name)
-    length, width = 128, 5  # a whole block of entries, so that nothing is held in reserve
-    cache = base.new_cache(batch_size=2, capacity=length, rollback=rollback)
+    length, width = 128, 8  # a whole block of entries, and of the op, so that nothing is held in reserve
+    cache = base.new_cache(batch_size=2, capacity=length)
     base.run(ids(2, length - width), cache)
-    cache.commit([length - width] * 2)
+    cache.commit([50, length - width])
     committed = cache.num_bytes()
     assert committed == 2 * row_state_bytes(base, context=length)
-    base.run(ids(2, width), cache)
-    recurrent = row_state_bytes(base, context=0)
-    held = cache.num_bytes() - committed
+    base.run(ids(2, width), cache, whole=whole)
     # Beside the record, a pass holds the state and window behind its last token.
-    assert held - 2 * recurrent == (
-        2 * width * replay_bytes_per_token(base) if rollback == "replay" else held_columns(base, width)
-    )
+    held = cache.num_bytes() - committed - 2 * row_state_bytes(base, context=0)
+    assert held == 2 * width * (columns_per_token(base) if whole else replay_bytes_per_token(base))
+    cache.commit([width, width])
+    assert cache.num_bytes() == committed
 
 
-def held_columns(base: Backbone, width: int) -> int:
-    layers = base.new_cache(batch_size=1, capacity=1).recurrent_layers
-    parts = [part for part in base.model.modules() if isinstance(part, torch.nn.Conv1d)]
-    assert len(parts) == len(layers)
-    return sum(2 * width * part.in_channels * base.dtype.itemsize for part in parts)
+def columns_per_token(base: Backbone) -> int:
+    convolutions = [part for part in base.model.modules() if isinstance(part, torch.nn.Conv1d)]
+    assert len(convolutions) == len(base.recurrent_layers)
+    return sum(part.in_channels * base.dtype.itemsize for part in convolutions)
 
 
 @torch.no_grad()
@@ -367,15 +438,16 @@ def test_a_copy_of_a_model_keeps_its_own_states(name: str) -> None:
     model = tiny.build(name)
     use_delta_attention(model)
     base, rows = Backbone.attach(copy.deepcopy(model)), ids(2, 9)
-    cache = read(base, rows, (4, 4), 20, "replay")
+    cache = read(base, rows, (4, 4), 20)
     base.run(rows[:, 4:], cache)
     cache.commit([3, 2])
     for row, count in enumerate((7, 6)):
         StepByStep(backbone(name), rows[row]).assert_held(cache, row, count)
 
 
-def test_packed_sequences_are_refused() -> None:
-    model = tiny.build("qwen3_next")
+@every_model
+def test_packed_sequences_are_refused(name: str) -> None:
+    model = tiny.build(name)
     use_delta_attention(model)
     with pytest.raises(UnsupportedBackbone, match="give each its own row"):
         model(ids(1, 6), cu_seq_lens_q=torch.tensor([0, 3, 6]))
@@ -398,11 +470,20 @@ def doubled(number: int) -> int:
     return double(number)
 
 
+def hidden(number: int) -> int:
+    return number
+
+
+hidden.__wrapped__ = double  # type: ignore[attr-defined]
+
+
 def test_rebinding_changes_a_copy_only() -> None:
     tripled = rebound(doubled, {"double": lambda number: 3 * number})
     assert (tripled(5), doubled(5)) == (16, 11)
     with pytest.raises(UnsupportedBackbone, match="does not call treble"):
         rebound(doubled, {"treble": double})
+    with pytest.raises(UnsupportedBackbone, match="decorated in another way"):
+        rebound(hidden, {"double": double})
 
 
 def test_the_states_of_neighbouring_counts_differ() -> None:

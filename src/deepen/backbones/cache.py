@@ -9,14 +9,14 @@ length are scratch that nothing may see and any pass may overwrite, and a ragged
 
 Recurrent layers keep a state and a convolution window, into which a token is folded for good. Both are read-only: a
 pass computes from them and keeps apart what it wrote (nn/kda.py), from which a commit makes the state after each row's
-count of tokens. Nothing is in place, so a snapshot is the tensors themselves. Where that record of a pass would take
-more memory than a second pass takes time, `rollback="rerun"` keeps none: a commit of fewer tokens runs them again.
+count of tokens. Nothing is in place, so a snapshot is the tensors themselves. A pass that will be committed whole or
+not at all (`whole`) keeps no such record; to keep a part of it after all, go back to a snapshot and run that part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -35,12 +35,6 @@ from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
 from deepen.nn.attention import KEY_BLOCK, round_up
 from deepen.nn.kda import DeltaOutput, Record
 
-# How a commit of fewer tokens than a pass has read gets the state after them: from what the pass wrote, or by reading
-# them again.
-Rollback = Literal["replay", "rerun"]
-# Runs the last pass again over the first so many tokens of each row.
-RunAgain = Callable[[Sequence[int]], object]
-
 
 @dataclass(frozen=True)
 class PassWindow:
@@ -48,6 +42,8 @@ class PassWindow:
 
     offsets: tuple[int, ...]
     widths: tuple[int, ...]
+    whole: bool = False
+    """Whether it will be committed to its end or not at all."""
 
     @cached_property
     def width(self) -> int:
@@ -62,7 +58,7 @@ class PassWindow:
     @cached_property
     def num_keys(self) -> int:
         """Entries a layer hands to attention: enough for every row, in whole blocks."""
-        return round_up(max(map(sum, zip(self.offsets, self.widths, strict=True))), KEY_BLOCK)
+        return round_up(max(1, *map(sum, zip(self.offsets, self.widths, strict=True))), KEY_BLOCK)
 
 
 class RecurrentPrefix(NamedTuple):
@@ -96,6 +92,10 @@ class AttentionStore(CacheLayerMixin):
     def begin(self, window: PassWindow) -> None:
         """A pass begins."""
         self.window = window
+
+    def close(self) -> None:
+        """It is committed or forgotten."""
+        self.window = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, heads and widths of the first keys and values."""
@@ -166,7 +166,7 @@ class AttentionStore(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Committed entries of the longest row."""
+        """Committed entries of the longest row, in a pass."""
         return max(self.window.offsets) if self.window is not None else 0
 
     def get_max_length(self) -> int:
@@ -177,10 +177,8 @@ class AttentionStore(CacheLayerMixin):
 class RecurrentStore(LinearAttentionCacheLayerMixin):
     """State and convolution window of one layer, and what the running pass would make of them."""
 
-    def __init__(self, *, keeps_record: bool) -> None:
-        """Without a record a pass can be committed as a whole or not at all."""
+    def __init__(self) -> None:
         super().__init__()
-        self._keeps_record = keeps_record
         self.window: PassWindow | None = None
         self.prefix = RecurrentPrefix()
         self._num_before = 0
@@ -190,8 +188,8 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
 
     def begin(self, window: PassWindow) -> None:
         """A pass begins; the one before it, if it wasn't committed, is forgotten."""
+        self.close()
         self.window = window
-        self.forget()
 
     @property
     def real(self) -> Tensor | None:
@@ -207,8 +205,11 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
     ) -> Tensor:
         """The pass's inputs of the convolution `[B, C, W]` behind the last of the prefix."""
-        if self.window is None or conv_kernel_size is None or state_idx:
+        if self.window is None:
             raise RollbackError("this cache was used outside of a pass: call PrefixCache.begin before the model")
+        assert conv_kernel_size is not None and not state_idx, (
+            "the layers that recurrence.py knows have one convolution"
+        )
         before = self.prefix.columns
         if before is None:
             before = conv_states.new_zeros(*conv_states.shape[:2], conv_kernel_size - 1)
@@ -219,7 +220,8 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
     def record(self, output: DeltaOutput) -> None:
         """Take what the recurrence of the pass gave."""
         self._state = output.state
-        self._record = output.replay if self._keeps_record else None
+        assert self.window is not None
+        self._record = None if self.window.whole else output.record
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object) -> Tensor:
         """transformers hands the last state over, rounded; `record` has it already."""
@@ -228,17 +230,17 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         """Nothing is allocated ahead."""
 
-    def commit(self, counts: Sequence[int]) -> None:
-        """Fold the first `counts[row]` tokens of the pass into the prefix."""
-        if any(counts):
-            self.prefix = RecurrentPrefix(self._state_after(counts), self._columns_after(counts))
-        self.forget()
+    def after(self, counts: Sequence[int]) -> RecurrentPrefix:
+        """The prefix with the first `counts[row]` tokens of the pass folded in."""
+        if not any(counts):
+            return self.prefix
+        return RecurrentPrefix(self._state_after(counts), self._columns_after(counts))
 
     def _state_after(self, counts: Sequence[int]) -> Tensor:
         assert self.window is not None and self._state is not None
         if tuple(counts) == self.window.widths:
             return self._state
-        assert self._record is not None, "without a record, a pass is committed whole"
+        assert self._record is not None
         before = self.prefix.state if self.prefix.state is not None else torch.zeros_like(self._state)
         return self._record.state_after(torch.tensor(counts, device=before.device), before)
 
@@ -251,9 +253,9 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
         index = torch.tensor(places, device=self._columns.device)[:, None]
         return self._columns.gather(2, index.expand(-1, self._columns.shape[1], -1))
 
-    def forget(self) -> None:
-        """Drop what the pass has left."""
-        self._columns = self._state = self._record = None
+    def close(self) -> None:
+        """The pass is committed or forgotten: drop what it has left."""
+        self.window = self._columns = self._state = self._record = None
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows with these indices, in this order."""
@@ -261,24 +263,21 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
 
     def num_bytes(self) -> int:
         """Bytes of the prefix, and of what a pass has left that is neither committed nor forgotten."""
-        tensors = [*self.prefix, self._columns, self._state]
-        num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        return num_bytes + (self._record.num_bytes() if self._record is not None else 0)
+        held = [*self.prefix, self._columns, self._state, *(self._record.tensors() if self._record is not None else ())]
+        storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in held if each is not None}
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 class PrefixCache(Cache):
     """What the base holds of the committed tokens of B rows, with room for `capacity` tokens a row."""
 
-    def __init__(
-        self, config: PreTrainedConfig, *, batch_size: int, capacity: int, rollback: Rollback = "replay"
-    ) -> None:
-        super().__init__(layers=_layers_for(config, round_up(capacity, KEY_BLOCK), rollback))
+    def __init__(self, config: PreTrainedConfig, *, batch_size: int, capacity: int) -> None:
+        super().__init__(layers=_layers_for(config, round_up(capacity, KEY_BLOCK)))
         self.capacity = capacity
         self.lengths: list[int] = [0] * batch_size
-        self._reruns = rollback == "rerun"
-        self._snapshots: WeakSet[CacheSnapshot] = WeakSet()
         self._window: PassWindow | None = None
-        self._run_again: RunAgain | None = None
+        self._ended = False
+        self._snapshots: WeakSet[CacheSnapshot] = WeakSet()
 
     @property
     def _recurrent(self) -> list[RecurrentStore]:
@@ -289,18 +288,30 @@ class PrefixCache(Cache):
         """Indices of layers that hold a state instead of entries."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, RecurrentStore))
 
-    def begin(self, widths: Sequence[int], run_again: RunAgain | None = None) -> PassWindow:
+    def begin(self, widths: Sequence[int], *, whole: bool = False) -> PassWindow:
         """Open a pass over the next `widths[row]` tokens of each row; an uncommitted pass before it is forgotten.
 
-        `run_again` is called, where states are not replayed, by a commit of fewer tokens: it has to begin and run the
-        same pass over so many tokens of each row.
+        Of a `whole` pass each row will be committed to its end, or none at all: so it needs no record.
         """
-        window = PassWindow(tuple(self.lengths), tuple(widths))
+        if len(widths) != len(self.lengths) or min(widths) < 0:
+            raise RollbackError(
+                f"a pass over {list(widths)} tokens of {len(self.lengths)} rows: give each row 0 or more"
+            )
+        window = PassWindow(tuple(self.lengths), tuple(widths), whole)
         self._check_room(window)
-        self._window, self._run_again = window, run_again
+        self._window, self._ended = window, False
         for layer in self.layers:
             layer.begin(window)
         return window
+
+    def end(self) -> None:
+        """The model has read the pass to its end; one that it has not can't be committed."""
+        self._ended = True
+
+    def _close(self) -> None:
+        self._window, self._ended = None, False
+        for layer in self.layers:
+            layer.close()
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """None, always: transformers would update the window in place, one token at a time."""
@@ -321,28 +332,28 @@ class PrefixCache(Cache):
         """Make the first `counts[row]` tokens of the pass part of each row's prefix; the rest is forgotten."""
         if self._window is None:
             raise RollbackError("nothing to commit: no pass was begun since the last commit")
-        for row, (count, width) in enumerate(zip(counts, self._window.widths, strict=True)):
+        if not self._ended:
+            raise RollbackError("nothing to commit: the pass did not come to its end; begin and run it again")
+        self._check_counts(counts, self._window)
+        # All of them first: if one fails, nothing was committed.
+        prefixes = [layer.after(counts) for layer in self._recurrent]
+        for layer, prefix in zip(self._recurrent, prefixes, strict=True):
+            layer.prefix = prefix
+        self.lengths = [offset + count for offset, count in zip(self._window.offsets, counts, strict=True)]
+        self._close()
+
+    def _check_counts(self, counts: Sequence[int], window: PassWindow) -> None:
+        if len(counts) != len(window.widths):
+            raise RollbackError(f"{len(counts)} counts for a pass over {len(window.widths)} rows")
+        for row, (count, width) in enumerate(zip(counts, window.widths, strict=True)):
             if not 0 <= count <= width:
                 raise RollbackError(f"row {row}: can't commit {count} tokens of a pass over {width}")
-        lengths = [offset + count for offset, count in zip(self._window.offsets, counts, strict=True)]
-        if self._reruns and self._recurrent and any(counts) and tuple(counts) != self._window.widths:
-            self._read_again(counts)
-        for layer in self._recurrent:
-            layer.commit(counts)
-        self.lengths = lengths
-        self._window = self._run_again = None
-
-    def _read_again(self, counts: Sequence[int]) -> None:
-        if self._run_again is None:
-            raise RollbackError(
-                f"can't keep {list(counts)} tokens of a pass: {self._states} keep no record of it (rollback is "
-                '"rerun"), and begin was not told how to run it again'
-            )
-        self._run_again(counts)
-
-    @property
-    def _states(self) -> str:
-        return f"the recurrent layers {', '.join(map(str, self.recurrent_layers))}"
+            if window.whole and self._recurrent and any(counts) and count < width:
+                raise RollbackError(
+                    f"row {row}: can't commit {count} of {width} tokens: the pass was begun as one to be committed "
+                    f"whole, and layers {', '.join(map(str, self.recurrent_layers))}, which hold a state, have no "
+                    "record of it; go back to a snapshot and run these tokens alone"
+                )
 
     def snapshot(self) -> CacheSnapshot:
         """The present prefix, to come back to with `rollback`; it holds on to the states there are now."""
@@ -364,8 +375,7 @@ class PrefixCache(Cache):
         self.lengths = list(snapshot.lengths)
         for layer, prefix in zip(self._recurrent, snapshot.states, strict=True):
             layer.prefix = prefix
-            layer.forget()
-        self._window = self._run_again = None
+        self._close()
         self._snapshots = WeakSet(each for each in self._snapshots if self._still_hold(each))
 
     def _still_hold(self, snapshot: CacheSnapshot) -> bool:
@@ -376,8 +386,18 @@ class PrefixCache(Cache):
         for layer in self.layers:
             layer.keep_rows(rows)
         self.lengths = [self.lengths[row] for row in rows]
-        self._window = self._run_again = None
+        self._close()
         self._snapshots = WeakSet()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Committed tokens of the longest row."""
+        return max(self.lengths)
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise RollbackError("a PrefixCache is changed by commit, rollback and keep_rows only")
+
+    # transformers' own ways would leave lengths, entries and states at odds.
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
 
     def entries(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values `[N, length, E]` of one row of one attention layer, for comparison."""
@@ -398,13 +418,13 @@ def recurrent_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is LinearAttentionLayer)
 
 
-def _layers_for(config: PreTrainedConfig, capacity: int, rollback: Rollback) -> list[AttentionStore | RecurrentStore]:
+def _layers_for(config: PreTrainedConfig, capacity: int) -> list[AttentionStore | RecurrentStore]:
     layers: list[AttentionStore | RecurrentStore] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
             layers.append(AttentionStore(capacity))
         elif type(layer) is LinearAttentionLayer:
-            layers.append(RecurrentStore(keeps_record=rollback == "replay"))
+            layers.append(RecurrentStore())
         else:
             raise UnsupportedBackbone(
                 f"layer {index} of this {config.model_type} model keeps a {type(layer).__name__}; "

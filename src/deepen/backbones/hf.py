@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepen.backbones.attention import attention_of_pass
-from deepen.backbones.cache import PassWindow, PrefixCache, Rollback
+from deepen.backbones.cache import PassWindow, PrefixCache, recurrent_layers
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.backbones.recurrence import delta_forwards, recurrence_of_pass
@@ -71,6 +71,11 @@ class Backbone:
     def num_layers(self) -> int:
         """Layers of the full depth."""
         return len(self.layers)
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that hold a state instead of entries."""
+        return recurrent_layers(self.config)
 
     @property
     def hidden_size(self) -> int:
@@ -134,15 +139,15 @@ class Backbone:
             unfuse_layers(self._fused)
             self._fused = ()
 
-    def new_cache(self, *, batch_size: int, capacity: int, rollback: Rollback = "replay") -> PrefixCache:
-        """An empty prefix for rows of up to `capacity` tokens; `rollback` is how recurrent states are taken back."""
+    def new_cache(self, *, batch_size: int, capacity: int) -> PrefixCache:
+        """An empty prefix for rows of up to `capacity` tokens."""
         if self.context_length is not None and capacity > self.context_length:
             raise PromptError(
                 f"{capacity} tokens (prompt and new ones) exceed this model's context of {self.context_length}; "
                 "shorten the prompt or lower max_new_tokens"
             )
         self._recheck()
-        return PrefixCache(self.config, batch_size=batch_size, capacity=capacity, rollback=rollback)
+        return PrefixCache(self.config, batch_size=batch_size, capacity=capacity)
 
     def _recheck(self) -> None:
         # Writes through `.data` leave no trace that a pass could look for; once a decoding is often enough.
@@ -159,6 +164,7 @@ class Backbone:
         widths: Sequence[int] | None = None,
         keep: Keep = "all",
         edit: LayerEdit | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """One pass: all layers over `tokens` behind the committed prefix, which stays as it is until `cache.commit`.
 
@@ -167,11 +173,9 @@ class Backbone:
         layer outputs while the pass runs.
         """
         batch, width = tokens.shape[:2]
-
-        def run_again(counts: Sequence[int]) -> None:
-            self.run(tokens, cache, widths=counts, keep="last", edit=edit)
-
-        window = cache.begin(widths if widths is not None else [width] * batch, run_again)
+        if not width or (widths is not None and max(widths, default=0) > width):
+            raise PromptError(f"a pass over {list(tokens.shape)} tokens can't read {widths} of them")
+        window = cache.begin(widths if widths is not None else [width] * batch, whole=whole)
         # Elementwise kernels treat the last few elements of a tensor apart, with other rounding, so passes come in
         # whole blocks of positions. The kernels of recurrent layers round by width in any case, and a pad would cost
         # a mixture of experts as much as a token.
@@ -196,6 +200,7 @@ class Backbone:
                 f"no attention of {type(self.model).__name__} goes through transformers' attention interface, "
                 "so a pass can't tell it which entries are committed"
             )
+        cache.end()
         if keep == "all":
             return logits
         return logits[range(batch), [kept.index(position) for position in last]][:, None]

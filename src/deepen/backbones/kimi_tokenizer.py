@@ -82,6 +82,8 @@ def _read_pieces(file: Path) -> dict[bytes, int]:
     """The pieces with their ranks, which are their ids: a line each, base64 and a number."""
     pieces: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
         try:
             piece, rank = line.split()
             pieces[base64.b64decode(piece, validate=True)] = int(rank)

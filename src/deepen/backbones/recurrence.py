@@ -8,6 +8,7 @@ leaves in the cache what a commit needs.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import CellType, FunctionType
 from typing import Any
 
@@ -23,6 +24,10 @@ _KERNELS = {
     "KimiLinearDeltaAttention": ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
     "Qwen3NextGatedDeltaNet": ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
 }
+# Arguments that say where one of several sequences in a row ends.
+_PACKED = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
+# What a `PrefixCache` holds of the layer that is being computed; None outside of passes.
+_store: ContextVar[RecurrentStore | None] = ContextVar("store", default=None)
 
 
 def delta_forwards(layers: nn.ModuleList, config: PreTrainedConfig) -> tuple["DeltaForward", ...]:
@@ -52,99 +57,114 @@ def use_delta_attention(model: nn.Module) -> int:
     """
     parts = [part for part in model.modules() if type(part).__name__ in _KERNELS]
     for part in parts:
-        part.forward = DeltaForward(part)
+        forward = vars(part).get(_slot(part))
+        if not isinstance(forward, DeltaForward):
+            setattr(part, _slot(part), DeltaForward(part, before=forward))
     return len(parts)
 
 
 def stop_using_delta_attention(model: nn.Module) -> None:
     """Give the layers their own forward back."""
     for part in model.modules():
-        if isinstance(vars(part).get("forward"), DeltaForward):
-            del part.forward
+        forward = vars(part).get(_slot(part))
+        if isinstance(forward, DeltaForward):
+            _put(part, forward.before)
 
 
 @contextmanager
 def recurrence_of_pass(forwards: Iterable["DeltaForward"]) -> Iterator[None]:
     """In the block, the parts that these belong to compute by them, from the `PrefixCache` that they are given."""
-    before = [(forward.part, vars(forward.part).get("forward")) for forward in forwards]
+    before = [(forward.part, vars(forward.part).get(_slot(forward.part))) for forward in forwards]
     for forward in forwards:
-        forward.part.forward = forward
+        _put(forward.part, forward)
     try:
         yield
     finally:
         for part, own in before:
-            if own is None:
-                del part.forward
-            else:
-                part.forward = own
+            _put(part, own)
+
+
+def _slot(part: nn.Module) -> str:
+    """The attribute of the instance that is called for the layer's own forward: accelerate's hooks stand before it."""
+    return "_old_forward" if "_old_forward" in vars(part) else "forward"
+
+
+def _put(part: nn.Module, forward: object) -> None:
+    if forward is None:
+        delattr(part, _slot(part))
+    else:
+        setattr(part, _slot(part), forward)
 
 
 class DeltaForward:
     """Stands in for the `forward` of one layer of delta attention: the layer's own, but for the recurrence."""
 
-    def __init__(self, part: nn.Module) -> None:
-        self.part = part
-        kernels = dict.fromkeys(_KERNELS[type(part).__name__], self._attend)
-        self._forward = rebound(type(part).forward, kernels)
-        self._store: RecurrentStore | None = None
+    def __init__(self, part: nn.Module, before: object = None) -> None:
+        """`before` is what the instance has in this place; None if it has the forward of its class."""
+        self.part, self.before = part, before
+        self._forward = rebound(type(part).forward, dict.fromkeys(_KERNELS[type(part).__name__], _attend))
 
     def __call__(self, *args: Any, cache_params: Any = None, **kwargs: Any) -> Tensor:
-        self._store = cache_params.layers[self.part.layer_idx] if isinstance(cache_params, PrefixCache) else None
-        try:
-            return self._forward(self.part, *args, cache_params=cache_params, **kwargs)
-        finally:
-            self._store = None
-
-    def __reduce__(self) -> tuple[type["DeltaForward"], tuple[nn.Module]]:
-        # A copy of the function would still call this one's `_attend`.
-        return DeltaForward, (self.part,)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None = None,
-        use_qk_l2norm_in_kernel: bool = False,
-        cu_seqlens: Tensor | None = None,
-        **_: object,
-    ) -> tuple[Tensor, Tensor]:
-        """In place of transformers' functions; the final state is given wanted or not."""
-        if cu_seqlens is not None:
+        if any(kwargs.get(name) is not None for name in _PACKED):
             raise UnsupportedBackbone(
                 "deepen's delta attention does not keep sequences packed into one row apart; give each its own row"
             )
-        store = self._store
-        output = delta_attention(
-            query,
-            key,
-            value,
-            g,
-            beta,
-            initial=initial_state,
-            real=store.real if store is not None else None,
-            normalize=use_qk_l2norm_in_kernel,
-        )
-        if store is not None:
-            store.record(output)
-        return output.out, output.state
+        held = cache_params.layers[self.part.layer_idx] if isinstance(cache_params, PrefixCache) else None
+        token = _store.set(held)
+        try:
+            return self._forward(self.part, *args, cache_params=cache_params, **kwargs)
+        finally:
+            _store.reset(token)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """In place of transformers' functions; the final state is given wanted or not."""
+    store = _store.get()
+    output = delta_attention(
+        query,
+        key,
+        value,
+        g,
+        beta,
+        initial=initial_state,
+        real=store.real if store is not None else None,
+        normalize=use_qk_l2norm_in_kernel,
+    )
+    if store is not None:
+        store.record(output)
+    return output.out, output.state
 
 
 def rebound(function: Callable[..., Any], meanings: Mapping[str, Any]) -> Callable[..., Any]:
-    """`function`, and what it decorates, with these meanings of the module's names; raises if none of them is used."""
+    """A copy of `function`, and of what it decorates, in which these names of its module have these meanings.
+
+    Its other names mean what they mean now. Raises `UnsupportedBackbone` if a name is not used, or if what is decorated
+    can't be reached.
+    """
     inner = getattr(function, "__wrapped__", None)
     closure = function.__closure__ or ()
     if inner is not None:
+        if not any(cell.cell_contents is inner for cell in closure):
+            raise UnsupportedBackbone(
+                f"{function.__qualname__} of this transformers release is decorated in another way"
+            )
         again = rebound(inner, meanings)
         closure = tuple(CellType(again) if cell.cell_contents is inner else cell for cell in closure)
     elif unused := meanings.keys() - set(function.__code__.co_names):
         raise UnsupportedBackbone(
             f"{function.__qualname__} of this transformers release does not call {', '.join(sorted(unused))}"
         )
-    code, globals_ = function.__code__, function.__globals__
-    copy = FunctionType(code, {**globals_, **meanings}, function.__name__, function.__defaults__, closure)
+    globals_ = {**function.__globals__, **meanings}
+    copy = FunctionType(function.__code__, globals_, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -84,7 +84,7 @@ def verify_identity(backbone: Backbone, model: RecursiveModel, tokenizer: Any) -
         ours = _continue(model, prompt, advance)
     agreement = compare(backbone, prompt, ours, theirs)
     difference, unscored = _score_difference(backbone, model, [*prompt, *theirs])
-    recurrent = bool(backbone.new_cache(batch_size=1, capacity=1).recurrent_layers)
+    recurrent = bool(backbone.recurrent_layers)
     step = torch.finfo(backbone.dtype).eps
     return Verdict(
         num_tokens=NUM_TOKENS,

@@ -34,7 +34,7 @@ class PromptError(DeepenError):
 
 
 class RollbackError(DeepenError):
-    """A cache was asked to forget tokens that a recurrent state can't forget."""
+    """A cache was asked for what it can't do: to commit what was not read, to return to what is no longer there."""
 
 
 class CannotScore(DeepenError):

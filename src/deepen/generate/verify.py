@@ -67,7 +67,7 @@ def read(backbone: Backbone, cache: PrefixCache, rows: Sequence[Sequence[int]]) 
         slabs = [list(row[start : start + PREFILL_WIDTH]) for row in rows]
         widths = [len(slab) for slab in slabs]
         with torch.no_grad():
-            backbone.run(pad_rows(slabs, backbone.device), cache, widths=widths, keep="last")
+            backbone.run(pad_rows(slabs, backbone.device), cache, widths=widths, keep="last", whole=True)
         cache.commit(widths)
         passes += 1
     return Spent(passes, sum(map(len, rows)))

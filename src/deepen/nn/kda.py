@@ -63,7 +63,8 @@ class Replay:
         """The state once the first `counts[row]` positions of each row (0 .. T, pads counted) have been written.
 
         With h = counts[row]: exp(g_1 + ... + g_h) S_0 + sum_{j <= h} exp(g_{j+1} + ... + g_h) k_j u_j^T, S_0 being
-        `initial`, the state before the pass. A count of 0 gives `initial` exactly.
+        `initial`, the state before the pass. A count of 0 gives `initial` exactly. What stands behind the first
+        `counts[row]` positions has no part in it, as long as it is finite.
         """
         is_written = (torch.arange(self.key.shape[2], device=counts.device) < counts[:, None])[:, None, :, None]
         log_decay = torch.where(is_written, self.log_decay, 0.0)
@@ -73,9 +74,9 @@ class Replay:
         update = torch.where(is_written, self.update, 0.0)
         return initial.to(key.dtype) * remaining[:, :, :1].exp().mT + key.mT @ update
 
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return self.key.nbytes + self.update.nbytes + self.log_decay.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+        return self.key, self.update, self.log_decay
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ class Replays:
             counts = counts - part.key.shape[2]
         return state
 
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(part.num_bytes() for part in self.parts)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+        return tuple(tensor for part in self.parts for tensor in part.tensors())
 
 
 # What a pass leaves behind, from which the state after any count of its tokens can be had.
-Record = Replay | Replays | kda_kernels.Rerun
+Record = Replay | Replays | kda_kernels.KernelInputs
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class DeltaOutput:
     """o, in the dtype of the queries; zero at pads."""
     state: Float[Tensor, "B H K V"]
     """Each row's state after its last real token, in the dtype that was computed in."""
-    replay: Record
+    record: Record
     """Gives the state after fewer tokens."""
 
 
@@ -141,10 +142,10 @@ def delta_attention(
     if num_heads % key.shape[2] or not key.shape[1]:
         raise ValueError(f"{num_heads} value heads over {key.shape[2]} key heads, {key.shape[1]} tokens")
     if kda_kernels.serves(query):
-        out, state, rerun = kda_kernels.run(
+        out, state, record = kda_kernels.run(
             query, key, value, log_decay, beta, initial=initial, real=real, normalize=normalize
         )
-        return DeltaOutput(out, state, rerun)
+        return DeltaOutput(out, state, record)
     dtype = torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
     batch, width, _, key_width = key.shape
     if initial is None:

@@ -31,7 +31,7 @@ def _is_installed() -> bool:
 
 
 @dataclass(frozen=True)
-class Rerun:
+class KernelInputs:
     """The inputs of a pass, heads already repeated, to run its first tokens again."""
 
     key: Float[Tensor, "B T H K"]
@@ -55,9 +55,9 @@ class Rerun:
         )
         return state
 
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(x.nbytes for x in (self.key, self.value, self.log_decay, self.beta))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is held."""
+        return self.key, self.value, self.log_decay, self.beta
 
 
 def run(
@@ -70,7 +70,7 @@ def run(
     initial: Float[Tensor, "B H K V"] | None,
     real: Bool[Tensor, "B T"] | None,
     normalize: bool,
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"], Rerun]:
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"], KernelInputs]:
     """As `delta_attention`, whose arguments these are: outputs, the last state in float32, and what runs it again."""
     group = value.shape[2] // key.shape[2]
     if group > 1:  # only later releases of the kernels know grouped heads
@@ -83,6 +83,8 @@ def run(
             torch.where(real[:, :, None, None], x, 0.0) for x in (query, key, value, log_decay)
         )
         beta = torch.where(real[:, :, None], beta, 0.0)
+    # Copies where these are slices of wider tensors, which would be kept for them.
+    query, key, value, log_decay, beta = (x.contiguous() for x in (query, key, value, log_decay, beta))
     inputs = (query, key, value, log_decay, beta)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, initial) if x is not None)
     kernels = import_module("fla.ops.kda")  # here, since it starts a compiler
@@ -94,4 +96,4 @@ def run(
         output_final_state=True,
         use_qk_l2norm_in_kernel=normalize,
     )
-    return out, state, Rerun(key, value, log_decay, beta, normalize)
+    return out, state, KernelInputs(key, value, log_decay, beta, normalize)
