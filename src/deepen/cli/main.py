@@ -28,7 +28,7 @@ VERBS = {
     "compare": "stages side by side: differences, costs, and whether the grafted model still is its base",
     "inspect": "what a model is made of and what a pass of it costs",
     "methods": "the methods there are, and their presets",
-    "bench": "time plain and exact decoding against transformers, by domain",
+    "bench": "time plain and exact decoding, or delta attention, against transformers",
 }
 
 _BAD_INPUT = 2
