@@ -172,6 +172,14 @@ def test_after_every_commit_the_cache_equals_a_fresh_prefill(name: str, row: lis
                     assert torch.equal(held, expected)
 
 
+def test_reset_all_decodes_from_a_cache_of_its_own_each_time() -> None:
+    model = wrapper("llama", noise=False, draft="lookup", chunk_width=8, policy="reset_all")
+    decoding = model.open(Prompt(((1, 2, 3),), 10))
+    before = decoding.cache
+    model.advance(decoding, BatchSampler([SamplingConfig()]))
+    assert decoding.cache is not before and decoding.cache.lengths == [len(decoding.rows[0]) - 1]
+
+
 def test_copied_drafts_are_accepted_where_text_repeats() -> None:
     model = wrapper("nanochat", noise=False, draft="lookup", chunk_width=8)
     result = complete(model, [[1, 2, 3] * 6], stop=StopConfig(max_new_tokens=40))[0]
