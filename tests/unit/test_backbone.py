@@ -292,6 +292,15 @@ def test_misuse_of_a_cache_is_an_error() -> None:
     backbone.run(ids(1, 3), cache)
     with pytest.raises(RollbackError, match="can't commit 4 tokens of a pass over 3"):
         cache.commit([4])
+    with pytest.raises(RollbackError, match="2 counts for a pass over 1 rows"):
+        cache.commit([1, 1])
+    with pytest.raises(RollbackError, match=r"a pass over \[1, 1\] tokens of 1 rows"):
+        backbone.run(ids(2, 1), cache)
+    with pytest.raises(RollbackError, match=r"a pass over \[-1\] tokens of 1 rows"):
+        backbone.run(ids(1, 1), cache, widths=[-1])
+    for tokens, widths in ((ids(1, 1), [2]), (ids(1, 0), [0])):
+        with pytest.raises(PromptError, match="can't read"):
+            backbone.run(tokens, cache, widths=widths)
     with pytest.raises(PromptError, match="exceed this model's context of 512"):
         backbone.new_cache(batch_size=1, capacity=513)
 

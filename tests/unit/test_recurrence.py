@@ -334,6 +334,11 @@ def test_offloaded_layers_are_fetched(name: str) -> None:
     assert torch.equal(offloaded(rows).logits, logits_with_op(plain, rows))
     stop_using_delta_attention(offloaded)
     assert torch.equal(offloaded(rows).logits, plain(rows).logits)
+    later = tiny.build(name)
+    use_delta_attention(later)
+    accelerate.cpu_offload(later.model.layers[0], execution_device=torch.device("cpu"))
+    stop_using_delta_attention(later)
+    assert torch.equal(later(rows).logits, plain(rows).logits)
 
 
 def new_cache(model: PreTrainedModel, batch: int, capacity: int) -> PrefixCache:

@@ -38,7 +38,7 @@ def _weight_products(module: nn.Module, backbone: Backbone) -> int:
 
 def _entry_products(backbone: Backbone, layer: int) -> int:
     """Multiply-adds per visible entry: a score and a weighted value in each head of an attention layer."""
-    if _is_recurrent(backbone, layer):
+    if layer in backbone.recurrent_layers:
         return 0
     config = backbone.config
     return config.num_attention_heads * sum(_head_widths(backbone))
@@ -54,18 +54,13 @@ def _head_widths(backbone: Backbone) -> tuple[int, int]:
     return width, width
 
 
-def _is_recurrent(backbone: Backbone, layer: int) -> bool:
-    layer_types = getattr(backbone.config, "layer_types", None)
-    return layer_types is not None and layer_types[layer] == "linear_attention"
-
-
 def row_state_bytes(backbone: Backbone, *, context: int) -> int:
     """Bytes of committed entries and states that one row of `context` tokens needs (stores are rounded up)."""
     config = backbone.config
     size = backbone.dtype.itemsize
     total = 0
     for layer in range(backbone.num_layers):
-        if _is_recurrent(backbone, layer):
+        if layer in backbone.recurrent_layers:
             heads = _DeltaHeads.of(config)
             # A convolution window in the model's dtype; the state itself in fp32, or wider.
             total += size * heads.num_columns * (config.linear_conv_kernel_dim - 1)
@@ -86,7 +81,7 @@ def replay_bytes_per_token(backbone: Backbone) -> int:
     size = backbone.dtype.itemsize
     total = 0
     for layer in range(backbone.num_layers):
-        if _is_recurrent(backbone, layer):
+        if layer in backbone.recurrent_layers:
             heads = _DeltaHeads.of(backbone.config)
             written = heads.num_values * (heads.key_width + heads.value_width + heads.decay_width)
             total += size * heads.num_columns + max(4, size) * written

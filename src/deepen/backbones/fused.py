@@ -105,7 +105,7 @@ class FusedForward:
     def _changed(self) -> bool:
         if _global_forward_hooks or _global_forward_pre_hooks:
             return True
-        # Each layer asks before each pass: a loop without calls.
+        # Each layer asks before each pass, so this is a plain loop.
         for children, name, part, hooks, pre_hooks in self._parts:
             if children.get(name) is not part or hooks or pre_hooks or "forward" in part.__dict__:
                 return True

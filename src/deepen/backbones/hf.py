@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepen.backbones.attention import attention_of_pass
-from deepen.backbones.cache import PassWindow, PrefixCache, recurrent_layers
+from deepen.backbones.cache import PassWindow, PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.backbones.recurrence import delta_forwards, recurrence_of_pass
@@ -75,7 +75,7 @@ class Backbone:
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """Indices of the layers that hold a state instead of entries."""
-        return recurrent_layers(self.config)
+        return tuple(forward.layer for forward in self._delta_forwards)
 
     @property
     def hidden_size(self) -> int:

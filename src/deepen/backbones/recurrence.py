@@ -9,7 +9,7 @@ leaves in the cache what a commit needs.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,10 +90,12 @@ def _slot(part: nn.Module) -> str:
 
 
 def _put(part: nn.Module, forward: object) -> None:
-    if forward is None:
-        delattr(part, _slot(part))
+    """None is the forward of the class."""
+    slot = _slot(part)
+    if forward is not None or slot != "forward":
+        setattr(part, slot, forward if forward is not None else MethodType(type(part).forward, part))
     else:
-        setattr(part, _slot(part), forward)
+        del part.forward
 
 
 class DeltaForward:
@@ -102,6 +104,7 @@ class DeltaForward:
     def __init__(self, part: nn.Module, before: object = None) -> None:
         """`before` is what the instance has in this place; None if it has the forward of its class."""
         self.part, self.before = part, before
+        self.layer: int = part.layer_idx  # type: ignore[assignment]
         self._forward = rebound(type(part).forward, dict.fromkeys(_KERNELS[type(part).__name__], _attend))
 
     def __call__(self, *args: Any, cache_params: Any = None, **kwargs: Any) -> Tensor:
@@ -109,7 +112,7 @@ class DeltaForward:
             raise UnsupportedBackbone(
                 "deepen's delta attention does not keep sequences packed into one row apart; give each its own row"
             )
-        held = cache_params.layers[self.part.layer_idx] if isinstance(cache_params, PrefixCache) else None
+        held = cache_params.layers[self.layer] if isinstance(cache_params, PrefixCache) else None
         token = _store.set(held)
         try:
             return self._forward(self.part, *args, cache_params=cache_params, **kwargs)

@@ -11,7 +11,7 @@ from deepen.cli.output import progress
 from deepen.core.errors import CannotScore
 from deepen.core.method import Decoder, RecursiveModel
 from deepen.core.types import Batch
-from deepen.evaluate.agreement import NEAR_TIE_MARGIN, compare
+from deepen.evaluate.agreement import NEAR_TIE_MARGIN, NEAR_TIE_MARGIN_RECURRENT, compare
 from deepen.generate.events import Committed
 from deepen.generate.loop import stream
 from deepen.generate.plain import PlainDecoder
@@ -27,9 +27,6 @@ NUM_TOKENS = 48
 
 SCORE_TOLERANCE = 1e-6
 """Nats a token, in float32 and above; in a coarser dtype its own rounding step."""
-
-NEAR_TIE_MARGIN_RECURRENT = 1e-3
-"""The margin below which two tokens are tied in a model with recurrent layers, whose kernels round more coarsely."""
 
 # Logits reach some tens, and it is at that size that a dtype coarser than float32 rounds them.
 _LARGEST_LOGIT = 64

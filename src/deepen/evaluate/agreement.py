@@ -12,6 +12,8 @@ from deepen.generate.verify import read
 
 # Two kernels may round a decision apart only where its margin (in processed logits) is below this.
 NEAR_TIE_MARGIN = 1e-4
+# The same for models with recurrent layers, which round by the width of a pass, and more coarsely.
+NEAR_TIE_MARGIN_RECURRENT = 1e-3
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from deepen.backbones.hf import Backbone
 from deepen.core.method import Decoder, RecursiveModel, Sampler
 from deepen.core.types import Advance, Prompt
-from deepen.evaluate.agreement import Agreement, compare
+from deepen.evaluate.agreement import NEAR_TIE_MARGIN_RECURRENT, Agreement, compare
 from deepen.generate.drafts import Draft
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
@@ -25,9 +25,6 @@ from deepen.generate.sampling import SamplingConfig
 from deepen.generate.stop import StopConfig
 from deepen.generate.verify import Decoding, open_decoding, verify
 
-# By how much two widths of a pass may move a logit of a recurrent base in float32; wider than agreement.py's, which is
-# for bases whose passes round the same at every width.
-NEAR_TIE_MARGIN = 1e-3
 NOISE_STD = 5.0
 PARTLY_RIGHT = "partly right"
 """The decoder whose drafts are right as far as chance will have it; there is no need to bring it."""
@@ -67,7 +64,7 @@ class Tally:
         if agreement.margin is None:
             return
         self.margins.append(agreement.margin)
-        if agreement.margin < NEAR_TIE_MARGIN:
+        if agreement.margin < NEAR_TIE_MARGIN_RECURRENT:
             self.near_ties += 1
         else:
             self.others.append(f"{label}: token {agreement.position}, margin {agreement.margin:.1e}")

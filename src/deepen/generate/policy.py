@@ -13,7 +13,7 @@ Two sources are weighed against plain decoding, a pass of one position for one t
   come anyway say whether they were right. Probes may cost `_PROBE_SHARE` of plain decoding.
 
 What a pass predicts behind a rejected token ("jacobi") is no third source: it was measured to commit 1.07 tokens a pass
-of 8 positions (benchmarks/results/stages/jacobi), which costs 1.08 times a pass of one (results/decoding.json).
+of 8 positions (benchmarks/results/stages/jacobi), which costs 1.12 times a pass of one (results/decoding.json).
 
 Chances and prices are measured while decoding runs. None of this can change the output: a pass commits only what the
 base emits.

@@ -50,7 +50,7 @@ class PackedProduct:
 
     def refresh(self) -> bool:
         """Pack anew if a weight has moved or changed since (a device, an optimizer step); false if none can pack it."""
-        # Each product of each layer asks before each pass: a loop without calls.
+        # Each product of each layer asks before each pass, so nothing is built to find that nothing has changed.
         for owner, name, parameter, pointer, version in self._watched:
             if owner.get(name) is not parameter or parameter.data_ptr() != pointer or _version(parameter) != version:
                 break

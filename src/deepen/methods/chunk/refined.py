@@ -111,7 +111,7 @@ class RefinedDecoder:
         """The clean pass over what the last chunk committed; its last logits decide the next chunk's first token."""
         widths = [len(tokens) for tokens in decoding.unread]
         ids = pad_rows(decoding.unread, self.backbone.device)
-        logits = self.backbone.run(ids, decoding.cache, widths=widths, keep="last")
+        logits = self.backbone.run(ids, decoding.cache, widths=widths, keep="last", whole=True)
         decoding.cache.commit(widths)
         spent.add(widths)
         decoding.next_logits = logits[:, 0]
@@ -151,7 +151,7 @@ class RefinedDecoder:
             reading = [tokens if is_open else [] for tokens, is_open in zip(unread, open_rows, strict=True)]
             widths = [len(tokens) for tokens in reading]
             ids = pad_rows(reading, self.backbone.device)
-            logits = self.backbone.run(ids, decoding.cache, widths=widths, keep="last")
+            logits = self.backbone.run(ids, decoding.cache, widths=widths, keep="last", whole=True)
             decoding.cache.commit(widths)
             spent.add(widths)
             for row in _where(open_rows):

@@ -19,7 +19,7 @@ from deepen.backbones import tiny
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.hf import Backbone
 from deepen.core.types import Batch, Prompt
-from deepen.evaluate.agreement import compare
+from deepen.evaluate.agreement import NEAR_TIE_MARGIN_RECURRENT, compare
 from deepen.generate.drafts import Draft
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
@@ -32,8 +32,6 @@ from deepen.methods.chunk.model import ChunkRefineWrapper
 BASES = ("kimi_linear", "qwen3_next")
 DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto")
 POLICIES = ("keep_kda_recurrent_reset_mla", "reset_all")
-# By how much two widths of a pass may differ in a logit here; the design's limit for a tie.
-NEAR_TIE = 1e-3
 TOLERANCE = 1e-4
 
 
@@ -82,7 +80,9 @@ def assert_same(
     for row, our_tokens, their_tokens, sampling in zip(rows, ours, theirs, samplings, strict=True):
         verdict = compare(backbone(name), row, our_tokens, their_tokens, sampling=sampling)
         event("equal" if verdict.equal else "near-tie")
-        assert verdict.equal or verdict.margin < NEAR_TIE, f"{verdict}: {our_tokens} against {their_tokens}"
+        assert verdict.equal or verdict.margin < NEAR_TIE_MARGIN_RECURRENT, (
+            f"{verdict}: {our_tokens} against {their_tokens}"
+        )
 
 
 @share_of_profile(5, least=10)
