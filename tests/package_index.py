@@ -39,16 +39,19 @@ def add_wheel(folder: Path, package: str, version: str, members: Mapping[str, by
     return Pin(package, version, sha256_of(path), megabytes=0.1)
 
 
-def add_sdist(folder: Path, package: str, version: str, setup: str) -> Pin:
-    """Put a source distribution with this setup.py into the index, and give the pin that fits it."""
+def add_sdist(
+    folder: Path, package: str, version: str, setup: str, *, members: Mapping[str, bytes] | None = None
+) -> Pin:
+    """Put a source distribution with this setup.py and these members into the index, and give the pin that fits it."""
     name = f"{package.replace('-', '_')}-{version}"
     path = folder / f"{name}.tar.gz"
-    files = {"setup.py": setup, "PKG-INFO": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"}
+    metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+    files = {"setup.py": setup.encode(), "PKG-INFO": metadata.encode(), **(members or {})}
     with tarfile.open(path, "w:gz") as archive:
         for member, content in files.items():
             entry = tarfile.TarInfo(f"{name}/{member}")
             entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content.encode()))
+            archive.addfile(entry, io.BytesIO(content))
     return Pin(package, version, sha256_of(path), megabytes=0.1, kind="sdist")
 
 

@@ -1,13 +1,10 @@
 """Rows and batches of token ids."""
 
-from itertools import islice
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepen.data.batches import batch_of, document_rows, shuffled_batches, token_ids, training_rows
+from deepen.data.batches import batch_of, document_rows, token_ids
 from deepen.data.tokenizer import BOS_ID, EOS_ID, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -41,33 +38,6 @@ class TestTokenIds:
         assert capfd.readouterr().err == ""
 
 
-class TestTrainingRows:
-    @given(texts, st.integers(2, 12))
-    def test_documents_are_cut_and_nothing_else(self, documents, max_length):
-        rows = training_rows(documents, TOKENIZER, max_length=max_length)
-        expected = []
-        for document in documents:
-            ids = [*document.encode(), EOS_ID]
-            while ids:
-                if len(ids[:max_length]) > 1:
-                    expected.append(ids[:max_length])
-                ids = ids[max_length:]
-        assert rows == expected
-
-    def test_no_end_is_added_where_there_is_one_or_none_is_known(self):
-        class Ending:
-            eos_token_id = 7
-
-            def encode(self, text, **options):
-                return [1, 2, 7]
-
-        class Endless(Ending):
-            eos_token_id = None
-
-        assert training_rows(["x"], Ending(), max_length=9) == [[1, 2, 7]]
-        assert training_rows(["x"], Endless(), max_length=9) == [[1, 2, 7]]
-
-
 class TestDocumentRows:
     @given(texts, st.integers(1, 12), st.integers(1, 60))
     def test_beginnings_of_documents_within_the_budget(self, documents, max_length, max_tokens):
@@ -94,35 +64,3 @@ class TestBatchOf:
         assert batch.input_ids.dtype == batch.lengths.dtype == torch.long
         behind = torch.arange(batch.input_ids.shape[1]) >= batch.lengths[:, None]
         assert not batch.input_ids[behind].any()
-
-
-class TestShuffledBatches:
-    ROWS = tuple([index, index] for index in range(7))
-
-    def first(self, seed, count=7, batch_size=3):
-        batches = islice(shuffled_batches(self.ROWS, batch_size=batch_size, seed=seed), count)
-        return [[row[0] for row in rows_of(batch)] for batch in batches]
-
-    def test_every_row_comes_once_a_round_and_every_batch_is_full(self):
-        batches = self.first(0)
-        assert {len(batch) for batch in batches} == {3}
-        order = [row for batch in batches for row in batch]
-        for start in (0, 7, 14):
-            assert sorted(order[start : start + 7]) == list(range(7))
-        assert order[:7] != order[7:14]
-
-    def test_the_order_is_the_seeds(self):
-        assert self.first(5) == self.first(5)
-        assert self.first(5) != self.first(6)
-
-    def test_it_neither_reads_nor_moves_the_global_random_state(self):
-        torch.manual_seed(1)
-        before = torch.get_rng_state()
-        first = self.first(5)
-        assert torch.equal(torch.get_rng_state(), before)
-        torch.manual_seed(2)
-        assert self.first(5) == first
-
-    @pytest.mark.parametrize("batch_size", [1, 7, 20])
-    def test_a_batch_may_be_larger_than_the_corpus(self, batch_size):
-        assert all(len(batch) == batch_size for batch in self.first(0, batch_size=batch_size))

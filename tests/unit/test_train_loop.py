@@ -18,8 +18,9 @@ from deepen.checkpoint import open_model
 from deepen.cli import train as cli_train
 from deepen.core.errors import ConfigError, DeepenError
 from deepen.core.method import RecursiveModel
-from deepen.core.types import LossTerm, Progress, StepOutput
-from deepen.data.batches import batch_of, shuffled_batches
+from deepen.core.types import LossTerm, Progress, StepOutput, Work
+from deepen.data.batches import batch_of
+from deepen.train import loop
 from deepen.train.config import RunConfig
 from deepen.train.loop import NotFinite, make_optimizer, open_trainee, steps, train
 
@@ -30,9 +31,11 @@ ROWS = [[1, 5, 2], [3, 3], [4, 0, 1, 2, 5], [2, 4, 4, 1]]
 class Bigram(nn.Module, RecursiveModel):
     """A model of the next token from the last one, with a second loss in another unit and a carry that counts."""
 
+    promises_base = False
+
     def __init__(self, vocab_size: int = 6, spoil_step: int | None = None, spoiled: str = "loss") -> None:
         super().__init__()
-        self.config = None
+        self.config = self.backbone = None
         self.table = nn.Parameter(torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(3)))
         self.spoil_step, self.spoiled = spoil_step, spoiled
         self.order: list[str] = []
@@ -64,6 +67,9 @@ class Bigram(nn.Module, RecursiveModel):
             first = first * math.nan if self.spoiled == "loss" else first + (self.table * 0).sum().sqrt()
         losses = {"next": LossTerm(-(picked * real).sum(), "token"), "size": LossTerm(first, "sequence", weight=0.25)}
         return StepOutput(losses, carry=carry + 1, metrics={"generation/rows": float(len(batch.lengths))})
+
+    def step_work(self, batch):
+        return Work(one_gradient=batch.input_ids.numel())
 
     def after_step(self, statistics):
         self.order.append("after_step")
@@ -113,6 +119,7 @@ class TestSteps:
             torch.testing.assert_close(report.losses["size"], size.detach())
             torch.testing.assert_close(report.total, (next_token + 0.25 * size).detach())
             assert report.num_tokens == sum(map(len, rows))
+            assert report.work == Work(one_gradient=len(rows) * max(map(len, rows)))
         # AdamW divides by the gradient's size, so a parameter it hardly touches carries rounding on.
         torch.testing.assert_close(model.table, table, rtol=1e-3, atol=1e-3)
 
@@ -242,12 +249,28 @@ class TestTrain:
         assert [figures["step"] for figures in logged] == [1, 2, 3]
         assert logged[0].keys() == {
             "step", "train/loss/total", "train/loss/next_token", "train/learning_rate", "train/recursions",
-            "train/performance/tokens_per_sec",
+            "train/performance/tokens_per_sec", "train/performance/flops",
         }  # fmt: skip
         assert logged[0]["train/learning_rate"] == 1e-2 and logged[0]["train/recursions"] == 2.0
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics == {key: logged[-1][key] for key in metrics} and "train/loss/total" in metrics
         assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+
+    def test_a_run_leaves_its_ledger(self, run_config):
+        folder = train(replace(run_config, log_every=3), show=silent)
+        ledger = json.loads((folder / "ledger.json").read_text())
+        model = open_model(str(folder)).model
+        added = sum(parameter.numel() for parameter in (model.down.weight, model.up.weight))
+        assert ledger["parameters_trainable"] == ledger["parameters_added"] == added
+        assert ledger["parameters_unique"] == model.backbone.num_parameters + added
+        assert ledger["steps"] == 3 and ledger["tokens"] > 0
+        assert ledger["training_flops"] == ledger["forward_flops"] + ledger["backward_flops"]
+        # The base is frozen, so little more than its head goes backward.
+        assert 0 < ledger["backward_flops"] < ledger["forward_flops"] / 2
+        assert ledger["training_flops_per_token"] == ledger["training_flops"] / ledger["tokens"]
+        logged = [json.loads(line) for line in (folder.parent / "train.jsonl").read_text().splitlines()]
+        flops = [figures["train/performance/flops"] for figures in logged]
+        assert flops == sorted(flops) and flops[-1] == ledger["training_flops"]
 
     def test_steps_in_between_are_logged_by_their_interval(self, run_config):
         train(replace(run_config, num_steps=7, log_every=3), show=silent)
@@ -320,6 +343,8 @@ class TestTrain:
             ({"config": {"num_recursions": 0}}, "no loss depends on a trainable parameter"),
             ({"max_length": 513}, "max_length is 513, but the model's context is 512"),
             ({"data": "no/such.txt"}, 'unknown corpus "no/such.txt"'),
+            ({"cut": "pakced"}, 'unknown cut "pakced"; did you mean "packed"'),
+            ({"batch_size": 10_000}, "a step takes 10000 rows, and the data has"),
         ],
     )
     def test_what_cannot_be_run_is_told(self, run_config, fields, message):
@@ -333,7 +358,10 @@ class TestTrain:
 
     def test_a_corpus_without_training_documents_is_told(self, run_config, tmp_path):
         (tmp_path / "corpus.jsonl").write_text("\n")
-        with pytest.raises(DeepenError, match="has no training document"):
+        with (
+            pytest.warns(UserWarning, match="is empty"),
+            pytest.raises(DeepenError, match="has no training document"),
+        ):
             train(run_config, show=silent)
 
     def test_runs_never_mix(self, run_config):
@@ -400,9 +428,31 @@ class TestCommand:
         assert str(tmp_path / "run.json") in str(refusal.value)
 
 
-def test_the_order_of_data_is_the_runs_seed():
-    first, second = (
-        [batch.input_ids.tolist() for batch in islice(shuffled_batches(ROWS, batch_size=2, seed=seed), 4)]
-        for seed in (0, 1)
+def test_the_order_of_data_is_the_runs_seed(run_config):
+    first, again, other = (
+        [batch.input_ids.tolist() for batch in islice(loop._batches(config, open_trainee(config)), 4)]
+        for config in (run_config, run_config, replace(run_config, seed=1))
     )
-    assert first != second
+    assert first == again != other
+
+
+def test_a_run_learns_the_answers_of_conversations_alone(run_config, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"question {n}", "response": f"answer {n}"}) + "\n" for n in range(40))
+    )
+    config = replace(run_config, data=str(tmp_path / "chat.jsonl"), max_length=200)
+    batch = next(loop._batches(config, open_trainee(config)))
+    learned = [
+        bytes(token for token in row[1:][counted].tolist() if token < 256)
+        for row, counted in zip(batch.input_ids, batch.predicted(), strict=True)
+    ]
+    assert all(answer.startswith(b"answer ") for answer in learned)
+    assert train(config, show=silent).is_dir()
+
+
+def test_packed_rows_are_full(run_config):
+    config = replace(run_config, cut="packed", max_length=24)
+    batch = next(loop._batches(config, open_trainee(config)))
+    num_tokens = sum(len(json.loads(line)["text"]) + 1 for line in Path(run_config.data).read_text().splitlines())
+    assert set(batch.lengths.tolist()) <= {24, num_tokens % 24} and batch.documents is not None
+    assert train(config, show=silent).is_dir()

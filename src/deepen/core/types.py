@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Unit = Literal["token", "chunk", "sequence"]
+Cut = Literal["document", "packed"]
+"""document: a row holds one document, or a part of it; packed: rows are full, and may hold several."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,28 @@ class Batch:
     """Token ids `[B, T]`, right-padded, and how many of each row are real, `[B]`.
 
     Pads are known from `lengths`, never from an id: a tokenizer may use its end-of-sequence token as pad.
+
+    `documents` `[B, T]` numbers the document of each token where rows hold several: no token predicts the first of
+    another document. None: a row is one document. `learned` `[B, T]` is False where a token is read but not predicted,
+    as those of a prompt; None: all are.
     """
 
     input_ids: Tensor
     lengths: Tensor
+    documents: Tensor | None = None
+    learned: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
+
+    def predicted(self) -> Tensor:
+        """`[B, T - 1]`: whether token t + 1 is one that token t is to predict."""
+        places = torch.arange(1, self.input_ids.shape[1], device=self.lengths.device)
+        counted = places < self.lengths[:, None]
+        if self.documents is not None:
+            counted = counted & (self.documents[:, 1:] == self.documents[:, :-1])
+        return counted if self.learned is None else counted & self.learned[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -61,14 +82,91 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Spent:
-    """Recursion one `advance` cost: passes through the layers, and token positions run in them (pads excluded)."""
+    """Recursion one `advance` cost: passes through the layers, and token positions run in them (pads excluded).
+
+    `layer_applications` counts how often one layer, or a block that stands for one, was applied to one position.
+    `added_flops` are those of a method's own modules that its `flops` doesn't tell of these positions.
+    """
 
     passes: int = 0
     positions: int = 0
+    layer_applications: int = 0
+    added_flops: int = 0
 
     def __add__(self, other: "Spent") -> "Spent":
         """Both together."""
-        return Spent(self.passes + other.passes, self.positions + other.positions)
+        return Spent(
+            self.passes + other.passes,
+            self.positions + other.positions,
+            self.layer_applications + other.layer_applications,
+            self.added_flops + other.added_flops,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of matrix products, sorted by how many of their two operands get a gradient.
+
+    A product y = x w is done once forward. Backward it is done again for each operand with gradient: dx = dy w^T,
+    dw = x^T dy. Work under `no_grad` has none, work through frozen weights has one (the input), work through trained
+    weights two; at the place where a gradient first flows, trained weights read an input without one, which is one
+    again. So a back-propagation that is cut short is counted as what it is.
+    """
+
+    without_gradient: int = 0
+    one_gradient: int = 0
+    two_gradients: int = 0
+
+    @classmethod
+    def of(cls, multiply_adds: int, *, operands: int = 0) -> "Work":
+        """So many multiply-adds, of which this number of operands get a gradient."""
+        counts = [0, 0, 0]
+        counts[operands] = multiply_adds
+        return cls(*counts)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the forward."""
+        return self.without_gradient + self.one_gradient + self.two_gradients
+
+    @property
+    def forward_flops(self) -> int:
+        """2 per multiply-add."""
+        return 2 * self.multiply_adds
+
+    @property
+    def backward_flops(self) -> int:
+        """2 per multiply-add and operand with gradient."""
+        return 2 * (self.one_gradient + 2 * self.two_gradients)
+
+    @property
+    def flops(self) -> int:
+        """Forward and backward."""
+        return self.forward_flops + self.backward_flops
+
+    @property
+    def detached(self) -> "Work":
+        """The same products under `no_grad`."""
+        return Work(self.multiply_adds)
+
+    @property
+    def recomputed(self) -> "Work":
+        """With activation checkpointing: the backward runs the forward again before it begins."""
+        return self + self.detached
+
+    def __add__(self, other: "Work") -> "Work":
+        """Both together."""
+        return Work(
+            self.without_gradient + other.without_gradient,
+            self.one_gradient + other.one_gradient,
+            self.two_gradients + other.two_gradients,
+        )
+
+    def __mul__(self, times: int) -> "Work":
+        """As often as that."""
+        return Work(times * self.without_gradient, times * self.one_gradient, times * self.two_gradients)
+
+    __rmul__ = __mul__
 
 
 @dataclass(frozen=True)

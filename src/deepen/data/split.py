@@ -1,12 +1,14 @@
 """Training, validation and test documents, told apart by their text alone."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Literal, get_args
 
 from deepen.core.errors import AddressError
 from deepen.core.hints import did_you_mean
-from deepen.data.text import corpus
+from deepen.data.records import Record
+from deepen.data.text import corpus, records
 
 Split = Literal["train", "validation", "test"]
 
@@ -26,8 +28,26 @@ def split_of(text: str) -> Split:
     return "validation" if percentile < TEST_PERCENT + VALIDATION_PERCENT else "train"
 
 
+def split_of_record(record: Record) -> Split:
+    """The split of a record: that of its text, or, where it has none, that of all it holds as sorted JSON."""
+    text = record.fields.get("text")
+    if isinstance(text, str):
+        return split_of(text)
+    return split_of(json.dumps(record.fields, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def records_of(name_or_path: str, split: Split) -> Iterator[Record]:
+    """The records of one split of a corpus (see `deepen.data.text.records`), in the corpus's order."""
+    _require_split(split)
+    return (record for record in records(name_or_path) if split_of_record(record) == split)
+
+
 def documents(name_or_path: str, split: Split) -> Iterator[str]:
-    """The documents of one split of a corpus (see `deepen.data.text.corpus`), in the corpus's order."""
+    """The documents of one split of a corpus of texts (see `deepen.data.text.corpus`), in the corpus's order."""
+    _require_split(split)
+    return (text for text in corpus(name_or_path) if split_of(text) == split)
+
+
+def _require_split(split: str) -> None:
     if split not in get_args(Split):
         raise AddressError(f'unknown split "{split}"{did_you_mean(split, get_args(Split))}')
-    return (text for text in corpus(name_or_path) if split_of(text) == split)

@@ -1,7 +1,15 @@
-"""A tokenizer of raw bytes, for random models and for tests: no file, no training, every text round-trips."""
+"""Tokenizers made here: of raw bytes, with no file and no training, and byte-pair encodings trained on a corpus.
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+Every text round-trips through either.
+"""
+
+import json
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from deepen.core.errors import ConfigError
 
 NUM_BYTES = 256
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>")
@@ -29,6 +37,46 @@ def byte_tokenizer(*, context_length: int = 512) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return _wrapped(backend, context_length)
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int, context_length: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-pair encoding trained on `texts`, the same for the same texts in the same order.
+
+    It has `vocab_size` ids, or fewer if the texts have no more pairs to merge: first the bytes and special tokens of
+    `byte_tokenizer`, then merges. Text is cut into words as GPT-2 does, and no merge crosses a word. Raises
+    `ConfigError` if `vocab_size` leaves no room for a merge.
+    """
+    if vocab_size <= VOCAB_SIZE:
+        raise ConfigError(f"vocab_size must be above {VOCAB_SIZE} (bytes and special tokens), not {vocab_size}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=byte_characters(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrapped(_with_bytes_first(backend), context_length)
+
+
+def _with_bytes_first(trained: Tokenizer) -> Tokenizer:
+    """The same merges, with the ids of bytes and special tokens as `byte_tokenizer` has them."""
+    model = json.loads(trained.to_str())["model"]
+    characters = byte_characters()
+    merged = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in set(characters)]
+    vocabulary = {token: index for index, token in enumerate(characters)}
+    vocabulary |= {token: VOCAB_SIZE + index for index, token in enumerate(merged)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    vocabulary |= {token: NUM_BYTES + index for index, token in enumerate(SPECIAL_TOKENS)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer, backend.decoder = trained.pre_tokenizer, trained.decoder
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return backend
+
+
+def _wrapped(backend: Tokenizer, context_length: int) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|pad|>",

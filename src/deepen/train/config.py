@@ -1,9 +1,11 @@
 """What a training run is: one JSON file."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from deepen.core.config import Config
+from deepen.core.hints import did_you_mean
+from deepen.core.types import Cut
 
 _SEED_LIMIT = 2**63
 
@@ -17,7 +19,7 @@ class RunConfig(Config):
 
     # A base model's address, or an adapter folder to go on with.
     model: str
-    # A corpus's name or path; its training documents are read.
+    # A corpus's name or path, in any of the formats that data/formats.py lists; its training documents are read.
     data: str
     # The method to put on a base model. Null for an adapter folder, which has its own, and its own configuration.
     method: str | None = None
@@ -28,6 +30,9 @@ class RunConfig(Config):
     num_steps: int = 100
     batch_size: int = 8
     max_length: int = 256
+    # "document": a row is one document, or a part of it; "packed": rows are full, and may hold several documents, whose
+    # tokens see those of the documents before theirs.
+    cut: str = "document"
     # For all parameters; null leaves each of the method's groups its own.
     learning_rate: float | None = None
     # Longest gradient (L2 norm over all parameters); null doesn't shorten it.
@@ -50,6 +55,8 @@ class RunConfig(Config):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 problems.append(f"{name} must be above 0 or null, not {value}")
+        if self.cut not in get_args(Cut):
+            problems.append(f'unknown cut "{self.cut}"{did_you_mean(self.cut, get_args(Cut))}')
         if not 0 <= self.seed < _SEED_LIMIT:
             problems.append(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
         if self.config is not None and self.method is None:

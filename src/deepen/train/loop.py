@@ -23,10 +23,18 @@ from deepen.core.errors import ConfigError, DeepenError
 from deepen.core.files import write_json
 from deepen.core.method import RecursiveModel
 from deepen.core.registry import Method, get
-from deepen.core.types import Batch, LossTerm, Progress, Unit
-from deepen.data.batches import Encoder, shuffled_batches, training_rows
-from deepen.data.split import documents
+from deepen.core.types import Batch, LossTerm, Progress, Unit, Work
+from deepen.data.encoding import ChatEncoder
+from deepen.data.formats import document_of
+from deepen.data.loader import Loader
+from deepen.data.rows import cut_rows
+from deepen.data.split import records_of
+from deepen.data.tokens import TokenCorpus
+from deepen.metrics.ledger import RunLedger, count_parameters
 from deepen.train.config import RunConfig
+
+LEDGER = "ledger.json"
+"""Beside a saved adapter: its parameters, and what the run that made it has cost."""
 
 
 class NotFinite(DeepenError):
@@ -40,7 +48,7 @@ class Trainee:
     method: Method
     model: Any
     backbone: Backbone
-    tokenizer: Encoder
+    tokenizer: ChatEncoder
     identity: BaseIdentity
 
 
@@ -49,7 +57,7 @@ class StepReport:
     """One finished optimizer step, counted from 1.
 
     `losses` are means per unit of each term, unweighted; `total` is what was differentiated. Both stay on the model's
-    device until somebody logs them. `num_tokens` counts the batch's real tokens.
+    device until somebody logs them. `num_tokens` counts the batch's real tokens, `work` all that was computed.
     """
 
     step: int
@@ -57,6 +65,7 @@ class StepReport:
     total: Tensor
     learning_rate: float
     num_tokens: int
+    work: Work
     metrics: Mapping[str, float]
 
 
@@ -85,10 +94,10 @@ def train(config: RunConfig, *, show: Callable[[str], None] = print) -> Path:
     except NotFinite as stopped:
         if last is None:
             raise
-        folder = _save(output_dir, trainee, last)
+        folder = _save(output_dir, trainee, last, log.ledger)
         raise NotFinite(f"{stopped}; the state after step {last.step} is in {folder}") from stopped
     assert last is not None, "a checked configuration has at least one step"
-    return _save(output_dir, trainee, last)
+    return _save(output_dir, trainee, last, log.ledger)
 
 
 def steps(
@@ -122,6 +131,7 @@ def steps(
             total=total.detach(),
             learning_rate=optimizer.param_groups[0]["lr"],
             num_tokens=int(batch.lengths.sum()),
+            work=model.step_work(prepared),
             metrics=output.metrics,
         )
 
@@ -132,15 +142,21 @@ def make_optimizer(model: Any, base: nn.Module, *, learning_rate: float | None) 
     `learning_rate` replaces that of every group. Raises `DeepenError`, naming the parameter, unless each trainable
     parameter of the method's own is in exactly one group.
     """
+    groups = freeze_base(model, base)
+    if learning_rate is not None:
+        groups = [{**group, "lr": learning_rate} for group in groups]
+    return torch.optim.AdamW(groups)
+
+
+def freeze_base(model: Any, base: nn.Module) -> list[dict[str, Any]]:
+    """Freeze the base's parameters that are in none of the model's groups, and give those, checked."""
     groups = [{**group, "params": list(group["params"])} for group in model.optim_groups()]
     _check_groups(groups, model, base)
     grouped = {parameter for group in groups for parameter in group["params"]}
     for parameter in base.parameters():
         if parameter not in grouped:
             parameter.requires_grad_(False)
-    if learning_rate is not None:
-        groups = [{**group, "lr": learning_rate} for group in groups]
-    return torch.optim.AdamW(groups)
+    return groups
 
 
 def open_trainee(config: RunConfig) -> Trainee:
@@ -174,14 +190,18 @@ def _batches(config: RunConfig, trainee: Trainee) -> Iterator[Batch]:
     context, device = trainee.backbone.context_length, trainee.backbone.device
     if context is not None and config.max_length > context:
         raise ConfigError(f"max_length is {config.max_length}, but the model's context is {context}")
-    rows = training_rows(documents(config.data, "train"), trainee.tokenizer, max_length=config.max_length)
-    if not rows:
+    documents = (document_of(record) for record in records_of(config.data, "train"))
+    corpus = TokenCorpus.of(documents, trainee.tokenizer)
+    if not corpus.num_tokens:
         raise DeepenError(
             f"{config.data} has no training document: 4 in 100 documents, told by their text, are kept for validation "
             "and test; give more or other text"
         )
-    batches = shuffled_batches(rows, batch_size=config.batch_size, seed=config.seed)
-    return (Batch(batch.input_ids.to(device), batch.lengths.to(device)) for batch in batches)
+    rows = cut_rows(corpus, max_length=config.max_length, cut=config.cut)  # type: ignore[arg-type]  # it was checked
+    loader = Loader(rows, rows_per_step=config.batch_size, seed=config.seed)
+    while True:
+        (batch,) = loader.next_step()
+        yield batch.to(device)
 
 
 # Losses and gradients
@@ -242,20 +262,27 @@ def _check_groups(groups: list[dict[str, Any]], model: nn.Module, base: nn.Modul
 
 
 class _Log:
-    """Writes figures as JSON lines, tags as TensorBoard has them, and shows the most important ones."""
+    """Writes figures as JSON lines, tags as TensorBoard has them, and shows the most important ones.
+
+    `ledger` has every step, logged or not.
+    """
 
     def __init__(self, path: Path, config: RunConfig, show: Callable[[str], None]) -> None:
         self._path, self._config, self._show = path, config, show
         self._num_tokens, self._since = 0, time.perf_counter()
+        self.ledger = RunLedger()
 
     def take(self, report: StepReport) -> None:
-        """Count a step's tokens, and write its figures if it is its turn."""
+        """Count a step's tokens and work, and write its figures if it is its turn."""
+        self.ledger.trained(report.work, num_tokens=report.num_tokens)
         self._num_tokens += report.num_tokens
         if report.step not in (1, self._config.num_steps) and report.step % self._config.log_every:
             return
         figures = tagged(report)
         seconds = time.perf_counter() - self._since
         figures["train/performance/tokens_per_sec"] = self._num_tokens / seconds
+        # Of all steps so far, whatever was logged: what a loss is plotted against.
+        figures["train/performance/flops"] = self.ledger.training.flops
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": report.step, **figures}, allow_nan=False) + "\n")
         self._show(
@@ -283,8 +310,11 @@ def _new_folder(path: str) -> Path:
     return folder
 
 
-def _save(output_dir: Path, trainee: Trainee, report: StepReport) -> Path:
+def _save(output_dir: Path, trainee: Trainee, report: StepReport, ledger: RunLedger) -> Path:
     folder = output_dir / f"step_{report.step}"
     save_adapter(folder, method=trainee.method, model=trainee.model, identity=trainee.identity)
     write_json(folder / "metrics.json", {"step": report.step, **tagged(report)})
+    parameters = count_parameters(trainee.backbone.model, trainee.model)
+    figures = {f"parameters_{name}": count for name, count in vars(parameters).items()}
+    write_json(folder / LEDGER, {**figures, **ledger.training_figures()})
     return folder

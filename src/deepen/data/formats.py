@@ -1,0 +1,127 @@
+"""What a record is to a language model: a text to learn, or a conversation of which the answers are learned.
+
+| format | fields | becomes |
+|---|---|---|
+| text | `text` | a text |
+| instruction | `instruction`, `output`, maybe `input` | user: instruction, empty line, input; assistant: output |
+| messages | `messages`: a list of `role` and `content` | these |
+| question | `question`, `answer` | user, assistant |
+| prompt | `prompt`, `response` | user, assistant |
+
+A record has the fields of exactly one format; others beside them (an id, a source) are no matter. A record that fits
+none, or two, is an error that shows its fields: nothing is guessed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deepen.core.errors import DeepenError
+from deepen.data.records import Record, require_text
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, all of which is learned."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, of which those of the assistant are learned; the last one is the assistant's."""
+
+    messages: tuple[Message, ...]
+    place: str = ""
+
+
+Document = Text | Conversation
+
+
+def document_of(record: Record) -> Document:
+    """The record in whichever format it has. Raises `DeepenError` naming its place and its fields."""
+    fitting = [name for name, (required, _) in _FORMATS.items() if required <= record.fields.keys()]
+    if len(fitting) != 1:
+        fields = ", ".join(record.fields) or "none"
+        known = "; ".join("/".join(sorted(required)) for required, _ in _FORMATS.values())
+        problem = "fits no known format" if not fitting else f"fits several formats ({', '.join(fitting)})"
+        raise DeepenError(f"{record.place}: a record with the fields {fields} {problem}; known are {known}")
+    _, read = _FORMATS[fitting[0]]
+    return read(record)
+
+
+def _text(record: Record) -> Document:
+    return Text(record.text("text"))
+
+
+def _instruction(record: Record) -> Document:
+    instruction = _spoken(record, "instruction")
+    # Many datasets have the field everywhere and nothing in it.
+    extra = record.text("input") if record.fields.get("input") is not None else ""
+    return _pair(f"{instruction}\n\n{extra}" if extra.strip() else instruction, _spoken(record, "output"), record)
+
+
+def _question(record: Record) -> Document:
+    return _pair(_spoken(record, "question"), _spoken(record, "answer"), record)
+
+
+def _prompt(record: Record) -> Document:
+    return _pair(_spoken(record, "prompt"), _spoken(record, "response"), record)
+
+
+def _pair(asked: str, answered: str, record: Record) -> Conversation:
+    return Conversation((Message("user", asked), Message("assistant", answered)), record.place)
+
+
+def _spoken(record: Record, name: str) -> str:
+    text = record.text(name)
+    if not text.strip():
+        raise DeepenError(f'{record.place}: "{name}" is empty')
+    return text
+
+
+def _messages(record: Record) -> Document:
+    given = record.fields["messages"]
+    if not isinstance(given, list) or not given:
+        raise DeepenError(f'{record.place}: "messages" must be a list of at least one message')
+    messages = tuple(_message(each, f"{record.place}, message {number}") for number, each in enumerate(given, start=1))
+    if messages[-1].role != "assistant":
+        raise DeepenError(
+            f"{record.place}: the last message is the {messages[-1].role}'s, so there is no answer to learn"
+        )
+    if any(message.role == "system" for message in messages[1:]):
+        raise DeepenError(f"{record.place}: a system message may only come first")
+    spoken = [message.role for message in messages if message.role != "system"]
+    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise DeepenError(f"{record.place}: user and assistant must take turns, not {', '.join(spoken)}")
+    return Conversation(messages, record.place)
+
+
+def _message(given: Any, place: str) -> Message:
+    if not isinstance(given, dict) or not {"role", "content"} <= given.keys():
+        found = f"the fields {', '.join(map(str, given))}" if isinstance(given, dict) else type(given).__name__
+        raise DeepenError(f'{place}: expected an object with "role" and "content", found {found}')
+    if given["role"] not in ROLES:
+        raise DeepenError(f"{place}: role is {given['role']!r}, not one of {', '.join(ROLES)}")
+    if not isinstance(given["content"], str) or not given["content"].strip():
+        raise DeepenError(f'{place}: "content" must be a text that is not empty')
+    return Message(given["role"], require_text(given["content"], place, "content"))
+
+
+_FORMATS: dict[str, tuple[frozenset[str], Callable[[Record], Document]]] = {
+    "text": (frozenset({"text"}), _text),
+    "instruction": (frozenset({"instruction", "output"}), _instruction),
+    "messages": (frozenset({"messages"}), _messages),
+    "question": (frozenset({"question", "answer"}), _question),
+    "prompt": (frozenset({"prompt", "response"}), _prompt),
+}
