@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from deepen.backbones import fused, tiny
 from deepen.backbones.hf import Backbone
@@ -226,3 +227,55 @@ def test_a_copy_of_a_packed_model_is_packed_too(packed: Backbone, calls: list[Te
         parameter.zero_()
     assert torch.equal(logits_of(copied, ids(1, 6)), expected)
     assert len(calls) == 2 * packed.num_layers
+
+
+class Doubled(nn.Module):
+    """An MLP around another, and so with as many linears in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * 2
+
+
+class Silent(LlamaAttention):
+    """Has llama's parts and another forward."""
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, object]:
+        out, weights = super().forward(*args, **kwargs)
+        return out * 0.5, weights
+
+
+class Centred(LlamaRMSNorm):
+    """A norm that takes the mean away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(dim=-1, keepdim=True))
+
+
+def _with_another_mlp(layer: nn.Module) -> None:
+    layer.mlp = Doubled(layer.mlp)
+
+
+def _with_another_attention(layer: nn.Module) -> None:
+    layer.self_attn.__class__ = Silent
+
+
+def _with_another_norm(layer: nn.Module) -> None:
+    layer.input_layernorm.__class__ = Centred
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [_with_another_mlp, _with_another_attention, _with_another_norm])
+def test_a_layer_with_a_part_of_another_class_is_itself(change: Callable[[nn.Module], None]) -> None:
+    """Also if that is so before the model is packed."""
+    model = tiny.build("llama")
+    change(model.model.layers[1])
+    backbone, tokens = Backbone.attach(model), ids(2, 12)
+    expected = model(tokens).logits
+    backbone.pack()
+    forwards = [isinstance(vars(layer).get("forward"), fused.FusedForward) for layer in backbone.layers]
+    assert forwards == [True, False, True, True]
+    torch.testing.assert_close(logits_of(backbone, tokens), expected, atol=1e-4, rtol=1e-4)

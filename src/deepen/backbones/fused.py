@@ -13,14 +13,21 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from deepen.backbones.attention import visibility_of_pass
 from deepen.backbones.cache import PrefixCache
 from deepen.nn.attention import Visibility, attend
 from deepen.nn.linear import PackedProduct, can_pack, wants_gradient
 
-_LINEARS_OF_A_LAYER = 7
+# What a layer is made of: another part may compute something else, whatever its parts are called.
+_PARTS = {
+    "self_attn": LlamaAttention,
+    "mlp": LlamaMLP,
+    "input_layernorm": LlamaRMSNorm,
+    "post_attention_layernorm": LlamaRMSNorm,
+}
+_LINEARS = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
 
 
 def fuse_layers(layers: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
@@ -180,5 +187,13 @@ def _constant(value: float) -> Tensor:
 def _can_fuse(layer: nn.Module) -> bool:
     if type(layer) is not LlamaDecoderLayer or "forward" in vars(layer):
         return False
-    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-    return len(linears) == _LINEARS_OF_A_LAYER and all(type(m) is nn.Linear and can_pack(m.weight) for m in linears)
+    if {name: type(part) for name, part in layer.named_children()} != _PARTS:
+        return False
+    return all(_has_only(layer.get_submodule(name), linears) for name, linears in _LINEARS.items())
+
+
+def _has_only(part: nn.Module, linears: set[str]) -> bool:
+    """Whether it is made of these linears, which can be packed, and maybe an activation."""
+    children = {name: child for name, child in part.named_children() if name != "act_fn"}
+    packable = (isinstance(c, nn.Linear) and type(c) is nn.Linear and can_pack(c.weight) for c in children.values())
+    return children.keys() == linears and all(packable)
