@@ -1,4 +1,4 @@
-"""Kimi Linear as it is published: the 48B model's configuration, and a tiny model's folder in the same format."""
+"""Kimi Linear as it is published: a tiny model's folder in the format of the 48B model."""
 
 import base64
 import json
@@ -9,63 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, KimiLinearConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-# config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct. Layers are counted from 1.
-CONFIG_48B: dict[str, Any] = {
-    "architectures": ["KimiLinearForCausalLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_kimi.KimiLinearConfig",
-        "AutoModel": "modeling_kimi.KimiLinearModel",
-        "AutoModelForCausalLM": "modeling_kimi.KimiLinearForCausalLM",
-    },
-    "bos_token_id": 163584,
-    "dtype": "bfloat16",
-    "eos_token_id": 163586,
-    "first_k_dense_replace": 1,
-    "head_dim": 72,
-    "hidden_act": "silu",
-    "hidden_size": 2304,
-    "initializer_range": 0.02,
-    "intermediate_size": 9216,
-    "kv_lora_rank": 512,
-    "linear_attn_config": {
-        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
-        "head_dim": 128,
-        "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26],
-        "num_heads": 32,
-        "short_conv_kernel_size": 4,
-    },
-    "mla_use_nope": True,
-    "model_max_length": 1048576,
-    "model_type": "kimi_linear",
-    "moe_intermediate_size": 1024,
-    "moe_layer_freq": 1,
-    "moe_renormalize": True,
-    "moe_router_activation_func": "sigmoid",
-    "num_attention_heads": 32,
-    "num_expert_group": 1,
-    "num_experts": 256,
-    "num_experts_per_token": 8,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 32,
-    "num_nextn_predict_layers": 0,
-    "num_shared_experts": 1,
-    "pad_token_id": 163839,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "routed_scaling_factor": 2.446,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "use_cache": True,
-    "use_grouped_topk": True,
-    "v_head_dim": 128,
-    "vocab_size": 163840,
-}
+from deepen.backbones.shapes import KIMI_LINEAR_48B, read_config
 
 # Behind the single bytes. Those of the last line are found, or not found, where text is cut up as published.
 PIECES = (
@@ -88,7 +34,7 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"""
 
 # Twelve experts: read in alphabetical order, the tenth would come before the second.
-CONFIG_TINY: dict[str, Any] = CONFIG_48B | {
+CONFIG_TINY: dict[str, Any] = KIMI_LINEAR_48B | {
     "bos_token_id": NUM_PIECES,
     "eos_token_id": NUM_PIECES + 2,
     "pad_token_id": NUM_PIECES + 255,
@@ -119,12 +65,6 @@ CONFIG_TINY: dict[str, Any] = CONFIG_48B | {
 
 # Parameters that the published files hold in fp32, in a model of bfloat16.
 _IN_FP32 = ("A_log", "dt_bias", "e_score_correction_bias")
-
-
-def read_config(published: Mapping[str, Any]) -> KimiLinearConfig:
-    """transformers' configuration from the fields of a published one."""
-    fields = {name: value for name, value in published.items() if name != "rope_scaling"}  # whose name warns
-    return KimiLinearConfig.from_dict(fields)
 
 
 def build(config: Mapping[str, Any], device: str = "cpu") -> PreTrainedModel:

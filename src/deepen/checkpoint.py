@@ -23,6 +23,7 @@ from deepen import __version__
 from deepen.backbones.hf import Backbone
 from deepen.backbones.identity import BaseIdentity
 from deepen.backbones.resolve import Loaded, load
+from deepen.backbones.shapes import build_shape
 from deepen.core import registry
 from deepen.core.config import Config
 from deepen.core.errors import AddressError, CheckpointError, ConfigError
@@ -137,6 +138,23 @@ def open_model(
     return Opened(PlainDecoder(backbone), backbone, loaded.tokenizer, loaded.identity)
 
 
+def open_shape(address: str) -> Opened:
+    """The shape `shape:NAME`, a model without weights: it can be attached to and counted, and nothing else.
+
+    There is no tokenizer, and the identity is the address alone.
+    """
+    backbone = Backbone.attach(build_shape(address))
+    return Opened(PlainDecoder(backbone), backbone, None, BaseIdentity(address, "none", "none"))
+
+
+def read_adapter(folder: str | Path, backbone: Backbone) -> RecursiveModel:
+    """The model in an adapter folder on a base that is at hand, which is taken to be the one it was made for.
+
+    Raises `CheckpointError` if files are missing or damaged or don't fit each other.
+    """
+    return _Adapter(Path(folder).expanduser(), {}).build_on(backbone)
+
+
 def with_overrides(config: Any, overrides: Mapping[str, Any], *, source: str) -> Any:
     """`config` with some fields set differently, checked; `ConfigError` begins with `source` and what was set."""
     if not overrides:
@@ -165,9 +183,14 @@ class _Adapter:
         loaded = self._load_base(load_at, base)
         self._check_base(loaded)
         backbone = _attached(loaded, pack=pack)
+        model = self.build_on(backbone)
+        return Opened(model, backbone, loaded.tokenizer, loaded.identity, self.method, model)
+
+    def build_on(self, backbone: Backbone) -> Any:
+        """The model on a base, in evaluation mode."""
         model = self.method.load_model_type().build(self.config, backbone, backbone.vocab_size)
         self._fill(model)
-        return Opened(model.eval(), backbone, loaded.tokenizer, loaded.identity, self.method, model)
+        return model.eval()
 
     def _load_base(self, load_at: Callable[[str], Loaded], base: str | None) -> Loaded:
         try:

@@ -5,7 +5,7 @@ A preset may be refused, as long as it says that this version lacks it; whatever
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 import deepen.methods
 from deepen.backbones import tiny
+from deepen.backbones.costs import pass_costs, pass_flops
 from deepen.backbones.hf import Backbone
 from deepen.backbones.resolve import load
+from deepen.check.counted import Ran, committed_bytes, counted_flops, passes_of
+from deepen.check.effort import QUICK
+from deepen.check.subject import subject_of
+from deepen.check.suite import CHECKS, run
 from deepen.checkpoint import open_model, save_adapter
 from deepen.core import registry
 from deepen.core.errors import CheckpointError, DeepenError
@@ -28,7 +33,9 @@ from deepen.generate.plain import PlainDecoder
 from deepen.generate.sampling import BatchSampler, SamplingConfig
 from deepen.generate.scoring import score_at_once
 from deepen.generate.stop import StopConfig
-from deepen.train.loop import make_optimizer
+from deepen.generate.verify import PREFILL_WIDTH
+from deepen.metrics.ledger import reading_flops
+from deepen.train.loop import freeze_base, make_optimizer
 
 DROPPED_IN = Path(__file__).parent / "dropped_in"
 PRESETS = [
@@ -38,6 +45,7 @@ PRESETS = [
 METHODS = sorted({name for name, _ in PRESETS})
 ADDRESS = "tiny:llama"
 BASE = tiny.build("llama")
+METHOD_CHECKS = ("sampling", "commits", "decoding", "exactness", "scores", "training", "adapter saving")
 SAMPLED = SamplingConfig(temperature=0.9, top_k=40, top_p=0.95, seed=11)
 
 
@@ -51,11 +59,11 @@ def preset(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-def build(preset: tuple[str, str]) -> Any:
+def build(preset: tuple[str, str], base: nn.Module = BASE) -> Any:
     """The untrained model of a method's preset on a base of its own."""
     torch.manual_seed(0)
     method = registry.get(preset[0])
-    backbone = Backbone.attach(copy.deepcopy(BASE))
+    backbone = Backbone.attach(copy.deepcopy(base))
     model = method.load_model_type().build(method.load_config(preset[1]), backbone, backbone.vocab_size)
     return model.eval()
 
@@ -317,13 +325,95 @@ def counted(model: Any, *given: list[int]) -> dict[str, int]:
     return dict(model.count(batch))
 
 
-def test_costs_grow_with_what_is_read(untrained):
-    assert untrained.flops(num_positions=2, context=10) > untrained.flops(num_positions=1, context=10) > 0
-    assert untrained.flops(num_positions=1, context=90) > untrained.flops(num_positions=1, context=10)
-    assert untrained.state_bytes(context=90) > untrained.state_bytes(context=10) > 0
+class TestLedger:
+    """What a method says that its work costs is what torch counts, and what it says that it holds is held."""
+
+    def test_an_advance_costs_what_is_told(self, model):
+        """Passes, positions, applications of layers and FLOPs, of one row: blocks are accounted for pass by pass."""
+        backbone, costs = model.backbone, pass_costs(model.backbone)
+        for decoding, sampler in openings(model):
+            for _ in range(4):
+                with passes_of(backbone) as passes:
+                    result = []
+                    counted = counted_flops(lambda: result.append(model.advance(decoding, sampler)))  # noqa: B023
+                spent = result[0].spent
+                positions = sum(sum(ran.widths) for ran in passes)
+                assert (spent.passes, spent.positions) == (len(passes), positions)
+                assert spent.layer_applications >= positions * backbone.num_layers
+                told = sum(each(ran, model) - each(ran, PlainDecoder(backbone)) for ran in passes)
+                of_base = sum(ran.flops_computed(backbone, costs) for ran in passes)
+                assert counted == of_base + told + spent.added_flops
+
+    def test_a_prompt_costs_what_is_told(self, model):
+        backbone, costs = model.backbone, pass_costs(model.backbone)
+        prompt = Prompt(tuple(map(tuple, rows(300))), max_new_tokens=8)
+        with passes_of(backbone) as passes:
+            counted = counted_flops(lambda: unless_refused(lambda: model.open(prompt)))
+        if passes:
+            assert counted == sum(ran.flops_computed(backbone, costs) for ran in passes)
+            by_pass = sum(model.flops(num_positions=r.widths[0], context=r.contexts[0], num_logits=1) for r in passes)
+            assert reading_flops(model.flops, num_tokens=299, width=PREFILL_WIDTH) == by_pass
+
+    def test_a_training_step_costs_what_is_told(self, model):
+        """The base's weights are frozen, so that no gradient passes the part of attention that is hidden."""
+        backbone = model.backbone
+        if own_parameters(model):
+            freeze_base(model, backbone.model)
+        batch, progress = model.prepare(batch_of(rows(12, 12)), Progress(0, 10)), Progress(0, 10)
+        work = unless_refused(lambda: model.step_work(batch))
+        if work is None:
+            assert unless_refused(lambda: model.train_step(batch, model.begin(batch), progress)) is None
+            return
+
+        def step() -> None:
+            output = model.train_step(batch, model.begin(batch), progress)
+            torch.stack([term.total for term in output.losses.values()]).sum().backward()
+
+        with passes_of(backbone) as passes:
+            counted = counted_flops(step)
+        assert [ran.widths for ran in passes] == [(12, 12)]
+        alone = Ran((0,), (12,), "all").flops_computed(backbone, pass_costs(backbone))
+        in_blocks = 2 * (alone - pass_flops(backbone, num_positions=12, context=0))
+        assert counted - in_blocks == work.flops
+        assert work.backward_flops < work.forward_flops
+
+    @pytest.mark.parametrize("name", ["llama", "kimi_linear"])
+    def test_a_row_holds_what_is_told(self, preset, name):
+        """Of committed tokens and of what is carried; scratch of a pass, and room for more tokens, are not told."""
+        model = build(preset, tiny.build(name))
+        for decoding, sampler in openings(model):
+            for _ in range(3):
+                model.advance(decoding, sampler)
+                carried = [value for value in vars(decoding).values() if isinstance(value, Mapping)]
+                held = sum(tensor.nbytes for each in carried for tensor in each.values())
+                held += committed_bytes(decoding.cache)
+                assert held == model.state_bytes(context=decoding.cache.lengths[0])
+
+    def test_costs_grow_with_what_is_read(self, untrained):
+        assert untrained.flops(num_positions=2, context=10) > untrained.flops(num_positions=1, context=10) > 0
+        assert untrained.flops(num_positions=1, context=90) > untrained.flops(num_positions=1, context=10)
+        assert untrained.flops(num_positions=4, context=0, num_logits=1) < untrained.flops(num_positions=4, context=0)
+        assert untrained.state_bytes(context=90) > untrained.state_bytes(context=10) > 0
 
 
-def test_units_to_shard_are_modules_of_the_model(untrained):
-    units, known = untrained.shard_units(), set(untrained.modules())
-    assert units and all(unit in known for unit in units)
-    assert len(set(units)) == len(units)
+def each(ran: Ran, costed: Any) -> int:
+    """What `costed` tells of a pass of one row."""
+    return costed.flops(num_positions=ran.widths[0], context=ran.contexts[0])
+
+
+def openings(model: Any) -> list[tuple[Any, BatchSampler]]:
+    """Decodings of one row each, of a text and of one that repeats itself; none where decoding is refused."""
+    texts = [rows(20)[0], [*rows(6)[0] * 4]]
+    opened = [unless_refused(lambda: model.open(Prompt((tuple(text),), max_new_tokens=200))) for text in texts]  # noqa: B023
+    return [(decoding, BatchSampler([SAMPLED])) for decoding in opened if decoding is not None]
+
+
+@pytest.mark.parametrize("base", ["llama", pytest.param("kimi_linear", marks=pytest.mark.slow)])
+def test_checks_of_methods_are_green(preset, base):
+    model = build(preset, tiny.build(base))
+    # What the base itself is held to is tested elsewhere.
+    report = run(subject_of(model), QUICK, checks=[check for check in CHECKS if check.name in METHOD_CHECKS])
+    assert report.passed, str(report)
+    assert {"commits", "decoding"} <= {finding.check for finding in report.findings if finding.verdict == "passed"}
+    exactness = next(finding for finding in report.findings if finding.check == "exactness")
+    assert (exactness.verdict == "passed") == model.promises_base

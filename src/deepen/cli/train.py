@@ -16,7 +16,7 @@ class Options:
     """Train a method's model as a run file says; a flag goes over what the file has.
 
     The resolved configuration is printed and written to OUTPUT_DIR/run.json, figures to OUTPUT_DIR/train.jsonl, the
-    adapter to OUTPUT_DIR/step_N.
+    adapter to OUTPUT_DIR/step_N, with what the run has cost in ledger.json.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.json")]

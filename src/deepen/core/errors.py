@@ -37,5 +37,9 @@ class RollbackError(DeepenError):
     """A cache was asked for what it can't do: to commit what was not read, to return to what is no longer there."""
 
 
+class CannotTrain(DeepenError):
+    """A method's model has no training as it is configured, or none in this version."""
+
+
 class CannotScore(DeepenError):
     """A model has no leak-free log-probability for this input."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
-from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit
+from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit, Work
 
 
 class Sampler(Protocol):
@@ -39,9 +39,15 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class RecursiveModel(Decoder, Protocol):
-    """What a method's model is, beside being an `nn.Module` with a frozen `config`."""
+    """What a method's model is, beside being an `nn.Module` with a frozen `config`.
+
+    `backbone` is the attached base that its passes run on; None for a method that brings its own trunk.
+    `promises_base` says whether its decoding promises that base's own output, trained or not.
+    """
 
     config: Any
+    backbone: Any
+    promises_base: bool
 
     @classmethod
     def build(cls, config: Any, backbone: Any, vocab_size: int) -> Self:
@@ -57,7 +63,14 @@ class RecursiveModel(Decoder, Protocol):
         """Units in a prepared batch, known before the forward, to divide the summed losses by."""
 
     def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
-        """Loss sums with gradient, the next carry and metrics."""
+        """Loss sums with gradient, the next carry and metrics; raises `CannotTrain` where there is no training."""
+
+    def step_work(self, batch: Batch) -> Work:
+        """The matrix products of one `train_step` on this prepared batch, by how many operands get a gradient.
+
+        Pads up to the batch's longest row are counted, since they are computed. Raises as `train_step` does where that
+        is not there.
+        """
 
     def after_step(self, statistics: Mapping[str, Tensor]) -> None:
         """Move buffers (thresholds, balancing biases) from statistics summed over the step."""
@@ -77,8 +90,11 @@ class RecursiveModel(Decoder, Protocol):
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back `saved_state`, strictly: a missing, unknown or misshapen tensor is an error."""
 
-    def flops(self, *, num_positions: int, context: int) -> int:
-        """Multiply-add FLOPs (2 per multiply-add) of one pass over `num_positions` tokens after `context` tokens."""
+    def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
+        """FLOPs (2 per multiply-add) of one row's pass over `num_positions` tokens after `context` tokens.
+
+        `num_logits` positions go through the head, all of them when it is None.
+        """
 
     def state_bytes(self, *, context: int) -> int:
         """Bytes of cache and state that one row holds after `context` tokens."""

@@ -5,13 +5,14 @@ from time import perf_counter
 from typing import Any
 
 from deepen.core.method import Decoder
-from deepen.core.types import Advance
-from deepen.evaluate.ledger import PassFlops
+from deepen.core.types import Advance, Spent
 from deepen.evaluate.prompts import DomainPrompt
 from deepen.evaluate.recording import Recorder, drafted, judged_by_place, pass_widths, passes_by_source
 from deepen.evaluate.results import Answer
 from deepen.generate.loop import complete
 from deepen.generate.stop import StopConfig
+from deepen.generate.verify import PREFILL_WIDTH
+from deepen.metrics.ledger import PassFlops, RunLedger, reading_flops
 
 
 def fitting(
@@ -48,6 +49,7 @@ def _answer(decoder: Decoder, prompt: DomainPrompt, tokenizer: Any, stop: StopCo
     seconds = perf_counter() - began
     advances = recorder.advances
     judged, agreed = judged_by_place(advances)
+    ledger = _ledger(advances, len(ids), flops)
     return Answer(
         prompt=prompt.name,
         domain=prompt.domain,
@@ -56,9 +58,9 @@ def _answer(decoder: Decoder, prompt: DomainPrompt, tokenizer: Any, stop: StopCo
         text=result.text,
         reason=result.reason,
         seconds=seconds,
-        passes=sum(each.spent.passes for each in advances),
-        positions=sum(each.spent.positions for each in advances),
-        flops=_flops(advances, len(ids), flops),
+        passes=ledger.decoding.passes,
+        positions=ledger.decoding.positions,
+        flops=ledger.decoding_flops,
         commits=tuple(result.commits),
         passes_of_commits=tuple(each.spent.passes for each in advances),
         drafted=drafted(advances),
@@ -70,13 +72,18 @@ def _answer(decoder: Decoder, prompt: DomainPrompt, tokenizer: Any, stop: StopCo
         },
         edits=sum(each.rows[0].edits for each in advances),
         p_commit=tuple(each.rows[0].p_commit for each in advances if each.rows[0].p_commit is not None),
+        layer_applications=ledger.decoding.layer_applications,
+        prompt_flops=ledger.reading_flops,
     )
 
 
-def _flops(advances: Sequence[Advance], num_prompt_tokens: int, flops: PassFlops) -> int:
-    """Of all passes but those that read the prompt; a pass reads the last committed token first, and what is behind."""
-    total, context = 0, num_prompt_tokens - 1
+def _ledger(advances: Sequence[Advance], num_prompt_tokens: int, flops: PassFlops) -> RunLedger:
+    """What one row has cost; a pass reads the last committed token first, and what is behind."""
+    ledger, context = RunLedger(), num_prompt_tokens - 1
+    ledger.read(Spent(), flops=reading_flops(flops, num_tokens=context, width=PREFILL_WIDTH))
     for advance in advances:
-        total += sum(flops(num_positions=width, context=context) for width in pass_widths(advance))
-        context += len(advance.rows[0].tokens)
-    return total
+        cost = sum(flops(num_positions=width, context=context) for width in pass_widths(advance))
+        num_tokens = len(advance.rows[0].tokens)
+        ledger.decoded(advance.spent, num_tokens=num_tokens, flops=cost)
+        context += num_tokens
+    return ledger

@@ -75,13 +75,28 @@ def _distinct(size: int) -> Metric:
     return Metric(f"distinct_{size}", _num_distinct(size), _num_grams(size))
 
 
+def _where_told(field: str, name: str, denominator: Callable[[Answer], float]) -> Metric:
+    """Of the answers that have this field: files of earlier versions lack it."""
+
+    def told(answer: Answer) -> bool:
+        return getattr(answer, field) is not None
+
+    return Metric(
+        name,
+        lambda answer: getattr(answer, field) if told(answer) else 0,
+        lambda answer: denominator(answer) if told(answer) else 0,
+    )
+
+
 ANSWER_METRICS: tuple[Metric, ...] = (
     Metric("mean_length", _length, lambda answer: 1),
     Metric("tokens_per_pass", _length, lambda answer: answer.passes),
     Metric("avg_refine_steps", lambda answer: sum(answer.passes_of_commits), lambda answer: len(answer.commits)),
     Metric("avg_chunk_length", _length, lambda answer: len(answer.commits)),
     Metric("positions_per_token", lambda answer: answer.positions, _length),
+    _where_told("layer_applications", "layer_applications_per_token", _length),
     Metric("decode_flops_per_token", lambda answer: answer.flops, _length),
+    _where_told("prompt_flops", "prompt_flops_per_token", lambda answer: answer.num_prompt_tokens),
     Metric("tokens_per_second", _length, lambda answer: answer.seconds),
     Metric(
         "acceptance",

@@ -60,6 +60,9 @@ class Answer(Config):
     tokens, `judged` and `agreed` count by place in the draft those that were compared with what came and those that
     were equal, `passes_by_source` counts passes by their width (a JSON object's keys are texts). `edits` are committed
     tokens that differ from the draft's; `p_commit` has an entry for each advance whose method gives one.
+
+    `layer_applications` are those of one layer to one position, without the prompt's reading; `prompt_flops` are those
+    of that reading. Files of earlier versions have neither: None.
     """
 
     prompt: str
@@ -80,6 +83,8 @@ class Answer(Config):
     passes_by_source: dict[str, dict[str, int]]
     edits: int
     p_commit: tuple[float, ...]
+    layer_applications: int | None = None
+    prompt_flops: int | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from deepen.data.text import corpus
 from deepen.evaluate.agreement import widest_difference
 from deepen.evaluate.answers import answer_all, fitting
 from deepen.evaluate.environment import environment, peak_memory_bytes
-from deepen.evaluate.ledger import flops_of, ledger
 from deepen.evaluate.metrics import generation_figures
 from deepen.evaluate.prompts import PROMPTS, Domain, DomainPrompt
 from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, BaseOfStage, StageResults
@@ -36,9 +35,13 @@ from deepen.generate.plain import PlainDecoder
 from deepen.generate.scoring import score_at_once, score_in_chunks
 from deepen.generate.stop import StopConfig
 from deepen.generate.verify import PREFILL_WIDTH
+from deepen.metrics.ledger import count_parameters, model_figures
 
 STAGES = STAGE_NAMES[:2]
 LATER_STAGES = STAGE_NAMES[2:]
+
+LEDGER_CONTEXTS = (0, 1024)
+"""Tokens of context for which FLOPs and bytes are told."""
 
 _NUM_LOOKED_AT = 1000
 _CHECKED_TOKENS = 64
@@ -160,6 +163,7 @@ class _Stage:
         context = self._backbone.context_length
         self._config = replace(config, max_length=min(config.max_length, context or config.max_length))
         self._model = _model_of(config, opened)
+        self._decoder = self._model if self._model is not None else PlainDecoder(self._backbone)
         self._stop = StopConfig(max_new_tokens=config.max_new_tokens, eos_ids=opened.eos_ids)
         self._prompts = self._fitting_prompts()
 
@@ -203,13 +207,12 @@ class _Stage:
         )
 
     def _answers(self, advance: Callable[[int], object]) -> list[Answer]:
-        decoder = self._model if self._model is not None else PlainDecoder(self._backbone)
         return answer_all(
-            decoder,
+            self._decoder,
             self._prompts,
             tokenizer=self._opened.tokenizer,
             stop=self._stop,
-            flops=flops_of(self._backbone, self._model),
+            flops=self._decoder.flops,
             advance=advance,
         )
 
@@ -258,7 +261,7 @@ class _Stage:
             base=BaseOfStage(**vars(opened.identity)),
             method=opened.method.name if self._model is not None and opened.method is not None else None,
             method_config=method_config,
-            exact=promises_the_base(method_config),
+            exact=self._model is not None and self._model.promises_base,
             config=config.to_dict(),
             data={"corpus": config.data, "split": config.split, "first_scored_token": config.first_scored},
             seed=config.seed,
@@ -270,7 +273,12 @@ class _Stage:
             generation=_generation(answers, method_config),
             speed=speed,
             ledger={
-                **ledger(self._backbone, self._model),
+                **model_figures(
+                    count_parameters(self._backbone.model, self._model),
+                    self._decoder,
+                    num_layers=self._backbone.num_layers,
+                    contexts=LEDGER_CONTEXTS,
+                ),
                 "peak_memory_bytes": peak_memory_bytes(self._backbone.device),
             },
             checks=checks,
@@ -287,11 +295,6 @@ class _Stage:
 def _generation(answers: list[Answer], method_config: dict[str, Any] | None) -> dict[str, Any] | None:
     threshold = (method_config or {}).get("commit_threshold")
     return generation_figures(answers, commit_threshold=threshold) if answers else None
-
-
-def promises_the_base(method_config: dict[str, Any] | None) -> bool:
-    """Whether the base's own output is promised, trained or not: what a method calls its commit mode says so."""
-    return method_config is not None and method_config.get("commit_mode") == "exact"
 
 
 def _model_of(config: StageConfig, opened: Opened) -> RecursiveModel | None:

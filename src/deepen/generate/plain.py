@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from deepen.backbones.costs import pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt
@@ -26,3 +27,11 @@ class PlainDecoder:
     def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
         decoding.drop(rows)
+
+    def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
+        """Of the base's pass."""
+        return pass_flops(self._backbone, num_positions=num_positions, context=context, num_logits=num_logits)
+
+    def state_bytes(self, *, context: int) -> int:
+        """Of the base's cache."""
+        return row_state_bytes(self._backbone, context=context)

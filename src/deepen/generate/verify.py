@@ -70,13 +70,14 @@ def read(backbone: Backbone, cache: PrefixCache, rows: Sequence[Sequence[int]]) 
             backbone.run(pad_rows(slabs, backbone.device), cache, widths=widths, keep="last", whole=True)
         cache.commit(widths)
         passes += 1
-    return Spent(passes, sum(map(len, rows)))
+    positions = sum(map(len, rows))
+    return Spent(passes, positions, positions * backbone.num_layers)
 
 
 def verify(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft], sampler: Sampler) -> Advance:
     """Check `drafts[row]` behind each row's last token; every row commits at least one token, the base's own."""
     logits = run_drafts(backbone, decoding, drafts)
-    return Advance(judge(decoding, drafts, logits, sampler), spent_on(drafts))
+    return Advance(judge(decoding, drafts, logits, sampler), spent_on(backbone, drafts))
 
 
 @torch.no_grad()
@@ -90,9 +91,10 @@ def run_drafts(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft]) 
     return backbone.run(ids, decoding.cache, widths=[len(row) for row in inputs])
 
 
-def spent_on(drafts: Sequence[Draft]) -> Spent:
+def spent_on(backbone: Backbone, drafts: Sequence[Draft]) -> Spent:
     """What one pass over each row's last token and its draft costs."""
-    return Spent(1, sum(1 + len(draft.tokens) for draft in drafts))
+    positions = sum(1 + len(draft.tokens) for draft in drafts)
+    return Spent(1, positions, positions * backbone.num_layers)
 
 
 def judge(decoding: Decoding, drafts: Sequence[Draft], logits: Tensor, sampler: Sampler) -> tuple[RowAdvance, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepen.backbones.hf import Backbone
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Prompt
+from deepen.core.types import Advance, Prompt, Spent
 from deepen.generate.drafts import NO_DRAFT, Draft, JacobiDraft, LookupDraft
 from deepen.generate.policy import Choice, DraftPolicy, Offer
 from deepen.generate.verify import Decoding, judge, open_decoding, read, run_drafts, spent_on, verify
@@ -126,7 +126,7 @@ class ExactDecoder:
         for row, guess in enumerate(decoding.guesses):
             behind = logits[row, len(gained[row].tokens) : 1 + len(drafts[row].tokens)]
             guess.keep(behind.argmax(dim=-1).tolist())
-        return Advance(gained, spent_on(drafts))
+        return Advance(gained, spent_on(self._backbone, drafts))
 
     def _alternate(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
         choices = [
@@ -162,7 +162,14 @@ class ExactDecoder:
             _proposed(logits[row, 1 : 1 + slots]) if slots else pending.behind(gained[row].tokens)
             for row, (slots, pending) in enumerate(zip(num_slots, decoding.pending, strict=True))
         ]
-        return Advance(gained, spent_on(read))
+        spent = spent_on(self._backbone, read)
+        if any(num_slots):
+            spent += self._spent_in_cells([1 + len(draft.tokens) for draft in read])
+        return Advance(gained, spent)
+
+    def _spent_in_cells(self, widths: Sequence[int]) -> Spent:
+        assert self._sidecar is not None, "slots are drafted by an enabled sidecar only"
+        return Spent(added_flops=self._sidecar.draft_flops(self._backbone.num_layers, widths))
 
     def _run_with_slots(self, decoding: ChunkDecoding, read: Sequence[Draft], num_slots: Sequence[int]) -> Tensor:
         if not any(num_slots):

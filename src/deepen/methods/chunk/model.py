@@ -12,11 +12,11 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from deepen.backbones.costs import pass_flops, row_state_bytes
+from deepen.backbones.costs import pass_costs, pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CheckpointError, ConfigError, DeepenError, PromptError
+from deepen.core.errors import CannotTrain, CheckpointError, ConfigError, PromptError
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit
+from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit, Work
 from deepen.generate import door
 from deepen.generate.loop import complete
 from deepen.generate.sampling import SamplingConfig
@@ -49,6 +49,8 @@ class ChunkRefineWrapper(nn.Module):
         start = config if config is not None else RecursiveConfig(recursive_enabled=True)
         self.config = replace(start, **fields) if fields else start
         self.config.check()
+        # Refined mode changes the output once it is trained.
+        self.promises_base = not self._refines
         self.base = base_model
         self.backbone = Backbone.attach(base_model)
         self.plan: CellPlan | None = None
@@ -107,6 +109,10 @@ class ChunkRefineWrapper(nn.Module):
         if vocab_size != backbone.vocab_size:
             raise ConfigError(f"vocab_size is {vocab_size}, but the base model's is {backbone.vocab_size}")
         return cls(backbone.model, config)
+
+    @property
+    def _refines(self) -> bool:
+        return self.config.recursive_enabled and self.config.commit_mode == "refined"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward: the sidecar acts in decoding, on chunk positions, never here."""
@@ -206,11 +212,19 @@ class ChunkRefineWrapper(nn.Module):
 
     def count(self, batch: Batch) -> dict[Unit, int]:
         """Predicted tokens."""
-        return {"token": int((batch.lengths - 1).clamp(min=0).sum())}
+        return {"token": int(batch.predicted().sum())}
 
     def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
         """Raises: training the sidecar is not part of this version."""
-        raise DeepenError("a chunk sidecar can't be trained in this version; its untrained form drafts by 'lookup'")
+        raise self._no_training()
+
+    def step_work(self, batch: Batch) -> Work:
+        """Raises as `train_step` does."""
+        raise self._no_training()
+
+    @staticmethod
+    def _no_training() -> CannotTrain:
+        return CannotTrain("a chunk sidecar can't be trained in this version; its untrained form drafts by 'lookup'")
 
     def after_step(self, statistics: Mapping[str, Tensor]) -> None:
         """No buffers move."""
@@ -218,7 +232,7 @@ class ChunkRefineWrapper(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:
         """Leak-free log-probabilities: the base's in exact mode, from verify passes over W tokens; see scoring.py."""
-        if self.config.recursive_enabled and self.config.commit_mode == "refined":
+        if self._refines:
             return score_refined(self._refined(self.config), batch)
         return score_in_chunks(self.backbone, batch, width=self.config.chunk_width)
 
@@ -267,16 +281,56 @@ class ChunkRefineWrapper(nn.Module):
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
-    def flops(self, *, num_positions: int, context: int) -> int:
-        """Of a verify pass, which is the base's; a draft pass adds `sidecar_flops` for its slots."""
-        return pass_flops(self.backbone, num_positions=num_positions, context=context)
+    def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
+        """Of a verify pass, which is the base's; other passes add `sidecar_flops` or `refined_flops`."""
+        return pass_flops(self.backbone, num_positions=num_positions, context=context, num_logits=num_logits)
 
-    def sidecar_flops(self, *, num_slots: int) -> int:
-        """Of the cells in a draft pass over `num_slots` slots."""
-        if self.plan is None or self.refine_cells is None:
+    def sidecar_flops(self, *, num_positions: int) -> int:
+        """Of the cells in one row's draft pass: they compute at all its positions, and count at the slots."""
+        if not self.config.recursive_enabled:
             return 0
-        cells = (self._cell_of(layer) for layer in self.plan.layers)
-        return num_slots * sum(cell.flops_per_token for cell in cells if cell is not None)
+        return self._parts(self.config).draft_flops(self.backbone.num_layers, [num_positions])
+
+    def refined_flops(self, *, num_positions: int, is_first: bool) -> int:
+        """Of the whole sidecar in one row's refined pass over a chunk and [Z]; `is_first` if none went before it."""
+        if not self.config.recursive_enabled:
+            return 0
+        return self._parts(self.config).refined_flops(self.backbone.num_layers, [num_positions], is_first=is_first)
+
+    def advance_flops(self, *, context: int) -> dict[str, int]:
+        """FLOPs of the passes that one chunk of `chunk_width` may take behind `context` tokens, by label."""
+        config = self.config
+        if config.recursive_enabled and config.commit_mode == "refined":
+            return self._refined_advance_flops(context)
+        width = config.chunk_width if config.recursive_enabled and config.resolved_draft != "ar" else 1
+        found = {f"verify pass over {width}": self.flops(num_positions=width, context=context)}
+        if config.recursive_enabled and config.resolved_draft in ("mask", "auto"):
+            cells = self.sidecar_flops(num_positions=width)
+            label = f"draft pass over 1 and {width - 1} slots"
+            found[label] = self.flops(num_positions=width, context=context) + cells
+        return found
+
+    def _refined_advance_flops(self, context: int) -> dict[str, int]:
+        config, width = self.config, self.config.chunk_width
+        costs = pass_costs(self.backbone)
+        clean = costs.flops(num_positions=width, context=max(0, context - width), num_logits=1)
+        if config.resolved_draft == "mask":
+            drafting = costs.flops(num_positions=width - 1, context=context)
+            drafting += self.sidecar_flops(num_positions=width - 1)
+        else:
+            drafting = sum(costs.flops(num_positions=1, context=context + place) for place in range(width - 1))
+        num_positions = width + (self.latent_token is not None)
+        refining = sum(
+            costs.flops(num_positions=num_positions, context=context)
+            + self.refined_flops(num_positions=num_positions, is_first=step == 0)
+            for step in range(config.max_inner_steps)
+        )
+        return {
+            f"clean pass over the {width} tokens before": clean,
+            f"drafting {width} tokens ({config.resolved_draft})": drafting,
+            f"{config.max_inner_steps} refined passes": refining,
+            "all of them, per token of a whole chunk": (clean + drafting + refining) // width,
+        }
 
     def state_bytes(self, *, context: int) -> int:
         """The base's cache, and the refine states where they are carried from chunk to chunk."""
@@ -288,7 +342,7 @@ class ChunkRefineWrapper(nn.Module):
         if self.plan is None or self.refine_cells is None:
             return {"layers refined": "none: recursive_enabled is false"}
         base_flops = self.flops(num_positions=1, context=0)
-        cell_flops = self.sidecar_flops(num_slots=1)
+        cell_flops = self.sidecar_flops(num_positions=1)
         return {
             "layers refined": f"{len(self.plan.layers)} of {self.backbone.num_layers} ({_spans(self.plan.layers)})",
             "cells": "one, shared by these layers" if self.plan.shared else f"{self.plan.num_cells}, one a layer",

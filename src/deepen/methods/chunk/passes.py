@@ -31,6 +31,34 @@ class Sidecar:
     mask_token: MaskToken
     pooling: Pooling
 
+    def draft_flops(self, num_layers: int, widths: Sequence[int]) -> int:
+        """FLOPs (2 per multiply-add) of the cells in a pass with slots over so many positions of each row.
+
+        Cells compute at every position; what they make of those that are no slots is dropped.
+        """
+        return sum(self._positions_of_a_cell(widths) * cell.flops_per_token for cell in self._cells(num_layers))
+
+    def refined_flops(self, num_layers: int, widths: Sequence[int], *, is_first: bool) -> int:
+        """FLOPs of cells, boundary head and [Z] in a refined pass over so many positions, [Z]'s too; 0 takes no part.
+
+        In the first pass over a chunk nothing leads from the top of [Z] to its bottom.
+        """
+        num_rows = sum(width > 0 for width in widths)
+        per_row = self.boundary.flops_per_row
+        per_row += sum(cell.flops_per_row + cell.flops_per_state_update for cell in self._cells(num_layers))
+        if self.latent_token is not None and not is_first:
+            per_row += self.latent_token.flops_per_row
+        return self.draft_flops(num_layers, widths) + num_rows * per_row
+
+    def _cells(self, num_layers: int) -> list[RefineCell]:
+        """The cell of each refined layer: a shared one as often as it is used."""
+        cells = map(self.cell_of, range(num_layers))
+        return [cell for cell in cells if cell is not None]
+
+    def _positions_of_a_cell(self, widths: Sequence[int]) -> int:
+        """One mean over a whole chunk is one vector to a row."""
+        return sum(min(width, 1) if self.pooling == "chunk" else width for width in widths)
+
 
 @dataclass(frozen=True)
 class RefinedPass:

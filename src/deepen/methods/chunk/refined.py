@@ -54,14 +54,16 @@ class RefinedDecoding(Decoding):
 
 
 class PassCounter:
-    """Counts passes, and the positions run in them."""
+    """Counts passes through `num_layers` layers, and the positions run in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
         self.total = Spent()
+        self._num_layers = num_layers
 
-    def add(self, widths: Sequence[int]) -> None:
-        """One pass over so many positions of each row."""
-        self.add_passes(Spent(1, sum(widths)))
+    def add(self, widths: Sequence[int], *, added_flops: int = 0) -> None:
+        """One pass over so many positions of each row, and what the sidecar did in it."""
+        positions = sum(widths)
+        self.add_passes(Spent(1, positions, positions * self._num_layers, added_flops))
 
     def add_passes(self, spent: Spent) -> None:
         """Several passes."""
@@ -96,7 +98,7 @@ class RefinedDecoder:
     @torch.no_grad()
     def advance(self, decoding: RefinedDecoding, sampler: Sampler) -> Advance:
         """One chunk: every row commits 1 to W tokens."""
-        spent = PassCounter()
+        spent = PassCounter(self.backbone.num_layers)
         self.read_committed(decoding, spent)
         chunks = self.draft(decoding, sampler, spent)
         states = self.refine(decoding, chunks, sampler, spent)
@@ -172,7 +174,8 @@ class RefinedDecoder:
             return
         num_slots = [max(0, len(row) - 1) for row in rows]
         logits = run_slots(self.backbone, self._sidecar, decoding.cache, rows, num_slots)
-        spent.add([len(row) for row in rows])
+        widths = [len(row) for row in rows]
+        spent.add(widths, added_flops=self._sidecar.draft_flops(self.backbone.num_layers, widths))
         for row in _where([bool(ids) for ids in rows]):
             best = logits[row, : wanted[row] - 1].argmax(dim=-1).tolist()
             drafts[row][1:] = [int(token) for token in best]
@@ -188,7 +191,9 @@ class RefinedDecoder:
             result = run_refined(
                 self.backbone, self._sidecar, self._cache_of_pass(decoding, spent), tokens, states, edge
             )
-            spent.add([len(row) + self._latents(row) for row in tokens])
+            widths = [len(row) + self._latents(row) for row in tokens]
+            added = self._sidecar.refined_flops(self.backbone.num_layers, widths, is_first=step == 0)
+            spent.add(widths, added_flops=added)
             states, edge = result.states, result.edge
             for row in _where([bool(ids) for ids in tokens]):
                 self._take(decoding, sampler, row, chunks[row], result)

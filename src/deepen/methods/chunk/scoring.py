@@ -68,7 +68,7 @@ def _read(
     decoder: RefinedDecoder, decoding: RefinedDecoding, sampler: BatchSampler, given: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """The logits `[n, V]` that decide each row's given tokens, which are committed then."""
-    spent = PassCounter()
+    spent = PassCounter(decoder.backbone.num_layers)
     decoder.read_committed(decoding, spent)
     assert decoding.next_logits is not None
     deciding = decoding.next_logits[:, None]

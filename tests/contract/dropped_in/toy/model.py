@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deepen.backbones.costs import pass_flops, row_state_bytes
+from deepen.backbones.costs import gradient_reaches, pass_flops, row_state_bytes, training_work
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import CheckpointError
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Batch, LossTerm, Progress, Prompt, Score, Spent, StepOutput, Unit
+from deepen.core.types import Advance, Batch, LossTerm, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
 from deepen.generate.drafts import NO_DRAFT
 from deepen.generate.verify import Decoding, judge, open_decoding, pad_rows
 
@@ -33,6 +33,8 @@ class ToyModel(nn.Module):
     def __init__(self, config: ToyConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
+        # A trained block changes the output.
+        self.promises_base = config.num_recursions == 0
         self.backbone = backbone
         self.base = backbone.model
         self.down = nn.Linear(backbone.hidden_size, config.width, bias=False)
@@ -70,7 +72,8 @@ class ToyModel(nn.Module):
         with torch.no_grad():
             logits = self.backbone.run(inputs, decoding.cache, edit=self._edit)
         rows = judge(decoding, [NO_DRAFT] * len(decoding.rows), logits, sampler)
-        return Advance(rows, Spent(1, len(rows)))
+        applications = len(rows) * (self.backbone.num_layers + self.config.num_recursions)
+        return Advance(rows, Spent(1, len(rows), applications))
 
     def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
@@ -85,13 +88,26 @@ class ToyModel(nn.Module):
 
     def count(self, batch: Batch) -> dict[Unit, int]:
         """Predicted tokens."""
-        return {"token": int(_predicted(batch).sum())}
+        return {"token": int(batch.predicted().sum())}
 
     def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
         """Cross entropy of the next token."""
-        total = -(self._log_probs(batch).gather(2, _targets(batch)[..., None])[..., 0] * _predicted(batch)).sum()
+        total = -(self._log_probs(batch).gather(2, _targets(batch)[..., None])[..., 0] * batch.predicted()).sum()
         metrics = {"recursions": float(self.config.num_recursions)}
         return StepOutput({"next_token": LossTerm(total, "token")}, metrics=metrics)
+
+    def step_work(self, batch: Batch) -> Work:
+        """The base's pass over each row, pads included, and the recursions behind its last layer."""
+        num_rows, num_positions = batch.input_ids.shape
+        last = self.backbone.num_layers - 1
+        recurs = last if self.config.num_recursions else None
+        of_row = training_work(self.backbone, num_positions=num_positions, begins_after=recurs)
+        for recursion in range(self.config.num_recursions):
+            # The first may read what gets no gradient; all others read what the first one wrote.
+            reads_gradient = recursion > 0 or gradient_reaches(self.backbone, last)
+            of_row += Work.of(num_positions * self.down.weight.numel(), operands=1 + reads_gradient)
+            of_row += Work.of(num_positions * self.up.weight.numel(), operands=2)
+        return num_rows * of_row
 
     def _log_probs(self, batch: Batch) -> Tensor:
         """`[B, T - 1, V]` of the tokens after the first, in float32 or more."""
@@ -105,7 +121,7 @@ class ToyModel(nn.Module):
     def score(self, batch: Batch) -> Score:
         """Teacher forcing: one forward over the text."""
         predictions = self._log_probs(batch).cpu()
-        targets, counted = _targets(batch).cpu(), _predicted(batch).cpu()
+        targets, counted = _targets(batch).cpu(), batch.predicted().cpu()
         log_probs = predictions.gather(2, targets[..., None])[..., 0] * counted
         correct = (predictions.argmax(dim=-1) == targets) & counted
         # The first token of a row has no prediction.
@@ -134,11 +150,12 @@ class ToyModel(nn.Module):
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
-    def flops(self, *, num_positions: int, context: int) -> int:
+    def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """The base's pass and the recursions."""
         recursion = 2 * (self.down.weight.numel() + self.up.weight.numel())
         block = num_positions * self.config.num_recursions * recursion
-        return pass_flops(self.backbone, num_positions=num_positions, context=context) + block
+        base = pass_flops(self.backbone, num_positions=num_positions, context=context, num_logits=num_logits)
+        return base + block
 
     def state_bytes(self, *, context: int) -> int:
         """The base's cache."""
@@ -148,9 +165,3 @@ class ToyModel(nn.Module):
 def _targets(batch: Batch) -> Tensor:
     """`[B, T - 1]`: what each position but the last is followed by."""
     return batch.input_ids[:, 1:]
-
-
-def _predicted(batch: Batch) -> Tensor:
-    """`[B, T - 1]`: which of them are real."""
-    positions = torch.arange(1, batch.input_ids.shape[1], device=batch.lengths.device)
-    return positions < batch.lengths[:, None]
