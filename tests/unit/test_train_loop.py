@@ -343,6 +343,9 @@ class TestTrain:
             ({"config": {"num_recursions": 0}}, "no loss depends on a trainable parameter"),
             ({"max_length": 513}, "max_length is 513, but the model's context is 512"),
             ({"data": "no/such.txt"}, 'unknown corpus "no/such.txt"'),
+            ({"schedule": "cosin"}, 'unknown schedule "cosin"; did you mean "cosine"'),
+            ({"warmup_steps": 4}, "warmup_steps must be between 0 and num_steps, not 4"),
+            ({"decay_steps": 2}, "decay_steps is 2, which is for the schedule trapezoid alone"),
             ({"cut": "pakced"}, 'unknown cut "pakced"; did you mean "packed"'),
             ({"batch_size": 10_000}, "a step takes 10000 rows, and the data has"),
         ],
@@ -456,3 +459,10 @@ def test_packed_rows_are_full(run_config):
     num_tokens = sum(len(json.loads(line)["text"]) + 1 for line in Path(run_config.data).read_text().splitlines())
     assert set(batch.lengths.tolist()) <= {24, num_tokens % 24} and batch.documents is not None
     assert train(config, show=silent).is_dir()
+
+
+def test_learning_rates_follow_the_schedule(run_config):
+    config = replace(run_config, num_steps=4, learning_rate=0.1, schedule="linear", warmup_steps=2, log_every=1)
+    train(config, show=silent)
+    lines = (Path(run_config.output_dir) / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train/learning_rate"] for line in lines] == pytest.approx([0.05, 0.1, 0.1, 0.05])

@@ -6,6 +6,7 @@ from typing import Any, get_args
 from deepen.core.config import Config
 from deepen.core.hints import did_you_mean
 from deepen.core.types import Cut
+from deepen.train.schedule import Schedule, Shape
 
 _SEED_LIMIT = 2**63
 
@@ -35,6 +36,11 @@ class RunConfig(Config):
     cut: str = "document"
     # For all parameters; null leaves each of the method's groups its own.
     learning_rate: float | None = None
+    # Of the learning rates: "constant", "linear", "cosine" or "trapezoid" (schedule.py), behind `warmup_steps`.
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    # The last steps of a trapezoid, in which it comes down.
+    decay_steps: int = 0
     # Longest gradient (L2 norm over all parameters); null doesn't shorten it.
     grad_clip: float | None = 1.0
     # Of new parameters, of what the method draws and of the order of the data.
@@ -55,6 +61,13 @@ class RunConfig(Config):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 problems.append(f"{name} must be above 0 or null, not {value}")
+        if self.schedule not in get_args(Shape):
+            problems.append(f'unknown schedule "{self.schedule}"{did_you_mean(self.schedule, get_args(Shape))}')
+        if self.decay_steps and self.schedule != "trapezoid":
+            problems.append(f"decay_steps is {self.decay_steps}, which is for the schedule trapezoid alone")
+        for name in ("warmup_steps", "decay_steps"):
+            if not 0 <= getattr(self, name) <= self.num_steps:
+                problems.append(f"{name} must be between 0 and num_steps, not {getattr(self, name)}")
         if self.cut not in get_args(Cut):
             problems.append(f'unknown cut "{self.cut}"{did_you_mean(self.cut, get_args(Cut))}')
         if not 0 <= self.seed < _SEED_LIMIT:
@@ -62,3 +75,8 @@ class RunConfig(Config):
         if self.config is not None and self.method is None:
             problems.append("config is given without method; an adapter folder brings its own configuration")
         return problems
+
+    @property
+    def learning_rates(self) -> Schedule:
+        """The schedule, over the whole run."""
+        return Schedule(self.schedule, self.num_steps, self.warmup_steps, self.decay_steps)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ from deepen.data.split import records_of
 from deepen.data.tokens import TokenCorpus
 from deepen.metrics.ledger import RunLedger, count_parameters
 from deepen.train.config import RunConfig
+from deepen.train.schedule import Schedule
 
 LEDGER = "ledger.json"
 """Beside a saved adapter: its parameters, and what the run that made it has cost."""
@@ -83,7 +84,14 @@ def train(config: RunConfig, *, show: Callable[[str], None] = print) -> Path:
     trainee.backbone.model.eval()  # a base's dropout would hide what it knows from what is trained on it
     optimizer = make_optimizer(trainee.model, trainee.backbone.model, learning_rate=config.learning_rate)
     batches = _batches(config, trainee)
-    reports = steps(trainee.model, optimizer, batches, num_steps=config.num_steps, grad_clip=config.grad_clip)
+    reports = steps(
+        trainee.model,
+        optimizer,
+        batches,
+        num_steps=config.num_steps,
+        grad_clip=config.grad_clip,
+        schedule=config.learning_rates,
+    )
     log = _Log(output_dir / "train.jsonl", config, show)
     last: StepReport | None = None
     try:
@@ -107,10 +115,17 @@ def steps(
     *,
     num_steps: int,
     grad_clip: float | None,
+    schedule: Schedule | None = None,
 ) -> Iterator[StepReport]:
-    """Make `num_steps` optimizer steps, a batch each. Raises `NotFinite`, naming the step, before a bad one is made."""
+    """Make `num_steps` optimizer steps, a batch each, with the groups' learning rates as `schedule` has them.
+
+    Raises `NotFinite`, naming the step, before a bad one is made.
+    """
     carry: Any = None
+    full_rates = [group["lr"] for group in optimizer.param_groups]
     for index in range(num_steps):
+        for group, rate in zip(optimizer.param_groups, full_rates, strict=True):
+            group["lr"] = rate * (schedule.factor(index) if schedule is not None else 1.0)
         batch = next(batches)
         if index == 0:
             carry = model.begin(batch)
