@@ -34,11 +34,6 @@ class Loader:
         self._epoch = -1
         self._order: list[int] = []
 
-    @property
-    def epoch(self) -> float:
-        """How often all rows have been drawn."""
-        return self.steps_drawn * self._rows_per_step / len(self._rows)
-
     def next_step(self, *, num_batches: int = 1) -> list[Batch]:
         """This rank's rows of the next step in `num_batches` even batches, or fewer if it has fewer rows."""
         mine = self._indices(self.steps_drawn)[self._rank :: self._world_size]
