@@ -350,7 +350,8 @@ class ShiftConfig(Config):
 class ShiftModel(nn.Module):
     def __init__(self, config, backbone):
         super().__init__()
-        self.config, self.plain = config, PlainDecoder(backbone)
+        self.config, self.backbone, self.plain = config, backbone, PlainDecoder(backbone)
+        self.promises_base = True
         self.shift = nn.Parameter(torch.zeros(config.size))
         self.open, self.advance, self.drop = self.plain.open, self.plain.advance, self.plain.drop
 
