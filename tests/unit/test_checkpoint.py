@@ -369,7 +369,7 @@ class ShiftModel(nn.Module):
         raise AssertionError("saving and opening ask for nothing else")
 
     begin = prepare = count = train_step = after_step = score = optim_groups = shard_units = flops = unused
-    state_bytes = unused
+    state_bytes = step_work = unused
 """
 
     @pytest.fixture
