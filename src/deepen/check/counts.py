@@ -8,7 +8,7 @@ import torch
 
 from deepen.backbones.costs import pass_costs, row_state_bytes, training_costs, uncounted
 from deepen.backbones.hf import Backbone
-from deepen.check.counted import committed_bytes, counted_flops, pass_flops_computed, passes_of
+from deepen.check.counted import Ran, committed_bytes, counted_flops, pass_flops_computed, passes_of
 from deepen.check.effort import Effort
 from deepen.check.held import held_by
 from deepen.check.methods import GREEDY, prompts_of
@@ -46,8 +46,8 @@ def flops(subject: Subject, effort: Effort) -> Passed:
 def num_bytes(subject: Subject, effort: Effort) -> Passed:
     """The ledger's bytes of a row must be those of the tensors that its cache holds."""
     backbone = attached(subject)
-    lengths = (1, _LENGTH, effort.length)
-    for length in lengths:
+    num_cases = 0
+    for length in (1, _LENGTH, effort.length):
         ids = subject.text(length, seed=length)
         cache = fresh_reading(backbone, ids[0].tolist())
         _require_equal(
@@ -56,6 +56,7 @@ def num_bytes(subject: Subject, effort: Effort) -> Passed:
             f"bytes of {length} tokens in a PrefixCache",
             cause="a layer keeps keys or values of other widths than the configuration says, or in another dtype",
         )
+        num_cases += 1
         if not backbone.recurrent_layers and "past_key_values" in subject.takes:
             held = held_by(subject.read(ids).cache)
             _require_equal(
@@ -64,7 +65,8 @@ def num_bytes(subject: Subject, effort: Effort) -> Passed:
                 f"bytes of {length} tokens in the model's own cache",
                 cause="the model keeps more than keys and values of each token, or room for tokens to come",
             )
-    return Passed(2 * len(lengths))
+            num_cases += 1
+    return Passed(num_cases)
 
 
 class _Ledger:
@@ -130,9 +132,15 @@ class _Ledger:
             _require_equal(positions, spent.positions, f"positions of {when}", cause=_SPENT)
             if not self._backbone.recurrent_layers:
                 told = sum(ran.flops_computed(self._backbone, self._costs) for ran in passes) + spent.added_flops
-                told += sum(_added(method, self._backbone, ran.widths[0], ran.contexts[0]) for ran in passes)
+                told += sum(self._added(method, ran) for ran in passes)
                 _require_equal(counted, told, f"FLOPs of {when}", cause=_SPENT)
             self.num_cases += 1
+
+    def _added(self, method: RecursiveModel, ran: Ran) -> int:
+        """What the method tells of a pass of one row beyond the base's part of it."""
+        ((width,), (context,)) = ran.widths, ran.contexts
+        own = method.flops(num_positions=width, context=context)
+        return own - self._costs.flops(num_positions=width, context=context)
 
     def _hold(self, counted: int, told: int, what: str) -> None:
         _require_equal(counted, told, f"FLOPs of {what}", cause=self._cause)
@@ -146,12 +154,6 @@ class _Ledger:
 
 
 _SPENT = "the method's `Spent` or `flops` leaves out something that it runs, or tells of something that it doesn't"
-
-
-def _added(method: RecursiveModel, backbone: Backbone, width: int, context: int) -> int:
-    """What the method tells of a pass beyond the base's part of it."""
-    own = method.flops(num_positions=width, context=context)
-    return own - pass_costs(backbone).flops(num_positions=width, context=context)
 
 
 def _require_equal(counted: int, told: int, what: str, *, cause: str | Callable[[], str]) -> None:
