@@ -90,6 +90,14 @@ def save_adapter(
 
     Raises `DeepenError` if the folder holds something already and `replace` is false, or can't be written.
     """
+    with write_folder_atomically(folder, replace=replace) as begun:
+        write_adapter(begun, method=method, model=model, identity=identity, tensors=model.saved_state())
+
+
+def write_adapter(
+    folder: Path, *, method: Method, model: RecursiveModel, identity: BaseIdentity, tensors: Mapping[str, Tensor]
+) -> None:
+    """The files of an adapter, into a folder that is there; `tensors` stand for the model's `saved_state`."""
     manifest = Manifest(
         format=FORMAT,
         method=method.name,
@@ -97,11 +105,10 @@ def save_adapter(
         tokenizer=identity.tokenizer,
         deepen_version=__version__,
     )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.saved_state().items()}
-    with write_folder_atomically(folder, replace=replace) as begun:
-        write_json(begun / MANIFEST, manifest.to_dict())
-        model.config.save(begun / method.config_file)
-        save_file(tensors, begun / method.weights_file, metadata={"format": "pt"})
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_json(folder / MANIFEST, manifest.to_dict())
+    model.config.save(folder / method.config_file)
+    save_file(saved, folder / method.weights_file, metadata={"format": "pt"})
 
 
 def open_model(

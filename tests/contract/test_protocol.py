@@ -35,7 +35,7 @@ from deepen.generate.scoring import score_at_once
 from deepen.generate.stop import StopConfig
 from deepen.generate.verify import PREFILL_WIDTH
 from deepen.metrics.ledger import reading_flops
-from deepen.train.loop import freeze_base, make_optimizer
+from deepen.train.optim import freeze_base, make_optimizers
 
 DROPPED_IN = Path(__file__).parent / "dropped_in"
 PRESETS = [
@@ -176,7 +176,7 @@ def test_optimizer_groups_cover_each_trainable_parameter_once(untrained):
     assert all(counts[parameter] == 1 for parameter in own.values() if parameter.requires_grad)
     assert set(counts.values()) <= {1}
     if own:
-        make_optimizer(untrained, untrained.backbone.model, learning_rate=None)
+        make_optimizers(untrained, untrained.backbone.model, learning_rate=None)
 
 
 def generated(model: Any, *prompts: list[int], sampling: Any = None) -> list[list[int]] | None:
@@ -299,7 +299,7 @@ class TestTraining:
 
     def test_only_what_is_in_a_group_gets_a_gradient(self, model):
         if own_parameters(model):
-            make_optimizer(model, model.backbone.model, learning_rate=None)
+            make_optimizers(model, model.backbone.model, learning_rate=None)
         output = trained_on(model, *rows(40, 23))
         if output is None:
             return

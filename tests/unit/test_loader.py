@@ -15,6 +15,7 @@ from deepen.data.loader import Loader
 from deepen.data.rows import cut_rows
 from deepen.data.tokenizer import EOS_ID, byte_tokenizer
 from deepen.data.tokens import TokenCorpus
+from deepen.train.ranks import Ranks
 
 TOKENIZER = byte_tokenizer()
 lengths_of_documents = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -107,81 +108,86 @@ class TestRows:
             cut_rows(TokenCorpus.of([], TOKENIZER), max_length=4, cut="packed")
 
 
-def loader(num_rows: int, *, rows_per_step: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> Loader:
+def loader(num_rows: int, *, rows_per_step: int, seed: int = 0) -> Loader:
     rows = cut_rows(numbered([2] * num_rows), max_length=4, cut="document")
-    return Loader(rows, rows_per_step=rows_per_step, seed=seed, rank=rank, world_size=world_size)
+    return Loader(rows, rows_per_step=rows_per_step, seed=seed)
 
 
-def drawn(source: Loader, *, num_steps: int, num_batches: int = 1) -> list[list[int]]:
-    """The first token of each row, step by step."""
-    return [
-        [row[0] for batch in source.next_step(num_batches=num_batches) for row in real_rows(batch)]
-        for _ in range(num_steps)
-    ]
+def first_tokens(batch: Batch) -> list[int]:
+    return [row[0] for row in real_rows(batch)]
 
 
 class TestLoader:
-    @given(st.integers(1, 30), st.integers(1, 3), st.data())
-    def test_every_row_is_seen_once_an_epoch_over_any_number_of_ranks(self, num_rows, world_size, data):
-        rows_per_step = data.draw(st.integers(min(world_size, num_rows), num_rows))
-        if rows_per_step < world_size:
-            return
+    @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 3), st.data())
+    def test_every_row_is_seen_once_an_epoch_over_any_number_of_ranks_and_parts(
+        self, num_rows, world_size, num_parts, data
+    ):
+        least = world_size * num_parts
+        num_rows = max(num_rows, least)
+        rows_per_step = data.draw(st.integers(least, num_rows))
         num_steps = 2 * num_rows  # a whole number of epochs
         counts: Counter[int] = Counter()
         for rank in range(world_size):
-            source = loader(num_rows, rows_per_step=rows_per_step, rank=rank, world_size=world_size)
-            counts.update(token for step in drawn(source, num_steps=num_steps) for token in step)
+            source = loader(num_rows, rows_per_step=rows_per_step)
+            for index in range(num_steps):
+                for part in Ranks(rank, world_size).share(source.step(index), num_parts=num_parts):
+                    counts.update(first_tokens(part))
         assert set(counts.values()) == {2 * rows_per_step} and len(counts) == num_rows
 
     @given(st.integers(3, 20), st.integers(0, 2**31))
     def test_each_epoch_is_a_permutation_and_another_one(self, num_rows, seed):
         source = loader(num_rows, rows_per_step=1, seed=seed)
-        epochs = [[step[0] for step in drawn(source, num_steps=num_rows)] for _ in range(4)]
+        epochs = [
+            [first_tokens(source.step(epoch * num_rows + index))[0] for index in range(num_rows)] for epoch in range(4)
+        ]
         assert all(sorted(epoch) == list(range(0, 2 * num_rows, 2)) for epoch in epochs)
         assert num_rows < 6 or len(set(map(tuple, epochs))) > 1
 
-    @given(st.integers(3, 20), st.integers(3, 9), st.integers(1, 3))
-    def test_the_ranks_share_a_step_that_does_not_depend_on_their_number(self, num_rows, rows_per_step, world_size):
-        rows_per_step = min(rows_per_step, num_rows)
-        alone = drawn(loader(num_rows, rows_per_step=rows_per_step), num_steps=5)
-        ranks = [
-            drawn(loader(num_rows, rows_per_step=rows_per_step, rank=rank, world_size=world_size), num_steps=5)
-            for rank in range(world_size)
-        ]
-        for step, expected in enumerate(alone):
-            assert sorted(token for rank in ranks for token in rank[step]) == sorted(expected)
-
     @given(st.integers(2, 20), st.integers(1, 5), st.integers(0, 40), st.integers(0, 2**40))
-    def test_it_goes_on_at_any_step_with_the_same_stream(self, num_rows, rows_per_step, num_before, seed):
+    def test_a_step_is_the_same_from_wherever_it_is_read(self, num_rows, rows_per_step, num_before, seed):
         rows_per_step = min(rows_per_step, num_rows)
         source = loader(num_rows, rows_per_step=rows_per_step, seed=seed)
-        drawn(source, num_steps=num_before)
-        state = source.state()
-        expected = drawn(source, num_steps=12)
+        stream = [first_tokens(source.step(index)) for index in range(num_before + 12)]
         other = loader(num_rows, rows_per_step=rows_per_step, seed=seed)
-        other.load_state(state)
-        assert drawn(other, num_steps=12) == expected
+        assert [first_tokens(other.step(num_before + index)) for index in range(12)] == stream[num_before:]
 
-    @given(st.integers(1, 12), st.integers(1, 5))
-    def test_batches_of_a_step_are_even_and_lose_nothing(self, rows_per_step, num_batches):
-        whole = drawn(loader(12, rows_per_step=rows_per_step), num_steps=1)[0]
-        batches = loader(12, rows_per_step=rows_per_step).next_step(num_batches=num_batches)
-        assert len(batches) == min(num_batches, rows_per_step)
-        sizes = [len(batch.lengths) for batch in batches]
-        assert max(sizes) - min(sizes) <= 1
-        assert sorted(row[0] for batch in batches for row in real_rows(batch)) == sorted(whole)
+    @given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 4))
+    def test_parts_of_a_step_are_even_and_lose_nothing(self, rows_per_step, world_size, num_parts):
+        rows_per_step = max(rows_per_step, world_size * num_parts)
+        step = loader(rows_per_step, rows_per_step=rows_per_step).step(0)
+        shares = [Ranks(rank, world_size).share(step, num_parts=num_parts) for rank in range(world_size)]
+        sizes = [len(part.lengths) for share in shares for part in share]
+        assert len(sizes) == world_size * num_parts and max(sizes) - min(sizes) <= 2
+        assert sorted(row for share in shares for part in share for row in first_tokens(part)) == sorted(
+            first_tokens(step)
+        )
+
+    def test_a_step_with_too_few_rows_for_all_is_told(self):
+        step = loader(9, rows_per_step=5).step(0)
+        message = "a step of 5 rows can't be divided over 3 ranks and 2 micro-batches; raise batch_size to 6 or more"
+        with pytest.raises(ConfigError, match=message):
+            Ranks(0, 3).share(step, num_parts=2)
+
+    def test_more_rows_than_there_are_is_told(self):
+        with pytest.raises(ConfigError, match="a step takes 4 rows, and the data has 3; lower batch_size"):
+            loader(3, rows_per_step=4)
 
     def test_seeds_differ_also_where_they_are_neighbours(self):
         streams = {
-            tuple(token for step in drawn(loader(9, rows_per_step=3, seed=seed), num_steps=12) for token in step)
+            tuple(row for index in range(12) for row in first_tokens(loader(9, rows_per_step=3, seed=seed).step(index)))
             for seed in range(20)
         }
         assert len(streams) == 20
 
     def test_the_global_random_state_stays(self):
         before = torch.get_rng_state()
-        drawn(loader(9, rows_per_step=3), num_steps=5)
+        loader(9, rows_per_step=3).step(4)
         assert torch.equal(torch.get_rng_state(), before)
+
+    def test_tokens_of_a_step_are_told_on_average(self):
+        rows = cut_rows(numbered([2, 4, 3, 5]), max_length=9, cut="document")
+        source = Loader(rows, rows_per_step=2, seed=0)
+        assert source.mean_tokens == sum(int(source.step(index).lengths.sum()) for index in range(2)) / 2
 
     @pytest.mark.parametrize(
         ("change", "told"),
@@ -194,14 +200,6 @@ class TestLoader:
     )
     def test_other_data_is_refused(self, change, told):
         source = loader(9, rows_per_step=3)
+        source.require_same(source.facts())
         with pytest.raises(CheckpointError, match=told):
-            source.load_state(source.state() | change)
-        assert source.steps_drawn == 0
-
-    def test_fewer_rows_than_a_step_takes_are_refused(self):
-        with pytest.raises(ConfigError, match="a step takes 10 rows, and the data has 9"):
-            loader(9, rows_per_step=10)
-
-    def test_fewer_rows_than_ranks_are_refused(self):
-        with pytest.raises(ConfigError, match="none for some of 3 ranks"):
-            loader(9, rows_per_step=2, world_size=3)
+            source.require_same(source.facts() | change)

@@ -148,7 +148,7 @@ def _training_flops(num_tokens: int, backbone: "Backbone", model: "RecursiveMode
 
     from deepen.backbones.costs import training_work
     from deepen.core.types import Batch, Progress
-    from deepen.train.loop import freeze_base
+    from deepen.train.optim import freeze_base
 
     if model is None:
         return training_work(backbone, num_positions=num_tokens).flops // num_tokens

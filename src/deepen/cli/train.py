@@ -55,14 +55,14 @@ class Options:
     output_dir: OptionalText = None
     """Where the run is written; empty or not there yet."""
 
-    log_every: OptionalInteger = None
+    log_interval: OptionalInteger = None
     """Steps from one line of figures to the next."""
 
 
 def run(options: Options) -> int:
     """Train, and print where the adapter is."""
     from deepen.train.config import RunConfig
-    from deepen.train.loop import train
+    from deepen.train.run import train
 
     config = RunConfig.from_dict(_with_flags(options), source=options.run)
     print(json.dumps(config.to_dict(), indent=2))

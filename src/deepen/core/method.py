@@ -57,7 +57,11 @@ class RecursiveModel(Decoder, Protocol):
         """The first carry of a training run; None where nothing is carried."""
 
     def prepare(self, batch: Batch, progress: Progress) -> Batch:
-        """Draw masks, depths and the like before the forward; the batch itself where nothing is drawn."""
+        """Draw masks, depths and the like before the forward; the batch itself where nothing is drawn.
+
+        It gets all rows of an optimizer step, on the CPU and from a seed of that step, whatever number of ranks and
+        micro-batches they are divided over afterwards: so the same is drawn, and counted, however a step is divided.
+        """
 
     def count(self, batch: Batch) -> Mapping[Unit, int]:
         """Units in a prepared batch, known before the forward, to divide the summed losses by."""
@@ -73,7 +77,7 @@ class RecursiveModel(Decoder, Protocol):
         """
 
     def after_step(self, statistics: Mapping[str, Tensor]) -> None:
-        """Move buffers (thresholds, balancing biases) from statistics summed over the step."""
+        """Move buffers (thresholds, balancing biases) from the `statistics` of `train_step`, summed over the step."""
 
     def score(self, batch: Batch) -> Score:
         """Leak-free log-probabilities per token; raises `CannotScore` where there are none."""

@@ -1,8 +1,8 @@
 """Values that pass between methods and the shared code. Letters: B batch, T tokens, W chunk, V vocabulary."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -41,9 +41,22 @@ class Batch:
     documents: Tensor | None = None
     learned: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "documents", "learned")
+    """Fields of shape `[B, T]`, which are as wide as the longest row. A method whose `prepare` gives more adds its own;
+    its other tensors are `[B, ...]`."""
+
+    def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))  # type: ignore[arg-type]
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def rows(self, indices: Sequence[int]) -> Self:
+        """These rows, no wider than the longest of them."""
+        chosen = {name: tensor[list(indices)] for name, tensor in self._tensors().items()}
+        width = int(chosen["lengths"].max())
+        return replace(self, **{n: t[:, :width] if n in self.per_token else t for n, t in chosen.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def predicted(self) -> Tensor:
         """`[B, T - 1]`: whether token t + 1 is one that token t is to predict."""
@@ -64,12 +77,27 @@ class LossTerm:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A figure to log, as what was summed and over how many: the trainer sums both over a step, then divides."""
+
+    total: Tensor | float
+    count: Tensor | float = 1.0
+
+
+@dataclass(frozen=True)
 class StepOutput:
-    """What one `train_step` gives: named loss terms, the next carry, and figures to log."""
+    """What one `train_step` gives.
+
+    losses      named terms; the same names in every step
+    carry       what the next call gets
+    metrics     figures to log
+    statistics  tensors that `after_step` gets, summed over the step's micro-batches and ranks
+    """
 
     losses: Mapping[str, LossTerm]
     carry: Any = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Mean] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

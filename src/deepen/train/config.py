@@ -6,16 +6,30 @@ from typing import Any, get_args
 from deepen.core.config import Config
 from deepen.core.hints import did_you_mean
 from deepen.core.types import Cut
+from deepen.train.optim import OptimizerName
 from deepen.train.schedule import Schedule, Shape
 
+BUDGETS = "num_steps", "num_tokens", "flops"
+
 _SEED_LIMIT = 2**63
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": get_args(Shape),
+    "cut": get_args(Cut),
+    "optimizer": get_args(OptimizerName),
+    "precision": ("float32", "bfloat16"),
+    "parallel": ("replicate", "shard"),
+}
+_LEAST = {
+    "num_steps": 1, "num_tokens": 1, "batch_size": 1, "max_length": 2, "num_micro_batches": 1, "warmup_steps": 0,
+    "decay_steps": 0, "log_interval": 1, "save_interval": 1, "keep_checkpoints": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunConfig(Config):
     """A training run of one method's model on one corpus.
 
-    `model` and `data` have no default, and `output_dir` must be empty or not there: a run never mixes with another.
+    `model`, `data` and a budget have no default. `output_dir` is empty, not there, or this run's own: no two mix.
     """
 
     # A base model's address, or an adapter folder to go on with.
@@ -27,13 +41,22 @@ class RunConfig(Config):
     # The method's configuration: a preset's name, a file, or the fields themselves. Null takes its defaults.
     config: str | dict[str, Any] | None = None
 
-    # Optimizer steps; each reads `batch_size` rows of up to `max_length` tokens.
-    num_steps: int = 100
+    # One of three budgets: optimizer steps; or tokens, or training FLOPs by the ledger, from which the number of steps
+    # is laid out before the first one.
+    num_steps: int | None = None
+    num_tokens: int | None = None
+    flops: float | None = None
+    # Rows of a step, over all ranks and micro-batches, each of up to `max_length` tokens.
     batch_size: int = 8
     max_length: int = 256
+    # Parts that each rank's rows are divided into, one forward and backward each: less memory, the same step.
+    num_micro_batches: int = 1
     # "document": a row is one document, or a part of it; "packed": rows are full, and may hold several documents, whose
     # tokens see those of the documents before theirs.
     cut: str = "document"
+
+    # "adamw" over the method's groups; "muon": the same with Muon for matrices, but for embedding and head.
+    optimizer: str = "adamw"
     # For all parameters; null leaves each of the method's groups its own.
     learning_rate: float | None = None
     # Of the learning rates: "constant", "linear", "cosine" or "trapezoid" (schedule.py), behind `warmup_steps`.
@@ -43,40 +66,73 @@ class RunConfig(Config):
     decay_steps: int = 0
     # Longest gradient (L2 norm over all parameters); null doesn't shorten it.
     grad_clip: float | None = 1.0
+    # The run ends when its loss, smoothed, is so many times the lowest it has been; null lets it go on.
+    divergence_factor: float | None = 3.0
+    # Of a moving average of the parameters, which is then what is saved and evaluated; null keeps none.
+    average_decay: float | None = None
+
+    # "float32", or "bfloat16" for matrix products where the device has instructions for them.
+    precision: str = "float32"
+    # Several processes (torchrun): each holds all ("replicate"), or its part of every tensor ("shard", FSDP2).
+    parallel: str = "replicate"
+    # Keep no activations inside layers, and run each layer's forward again for its backward.
+    recompute: bool = False
+    # Compile layers: worth its minutes on long runs.
+    compile: bool = False
+
     # Of new parameters, of what the method draws and of the order of the data.
     seed: int = 0
 
-    # Where `run.json`, `train.jsonl` and `step_N/` are written.
+    # Where `run.json`, `train.jsonl` and `step_N/` are written. The same run goes on from its last checkpoint there.
     output_dir: str = "checkpoints"
+    # A checkpoint of another run of the same model, data and seed to begin from, under this one's schedule: a cooldown
+    # from a trapezoid's plateau.
+    branch_from: str | None = None
     # Steps from one line of figures to the next; the first and the last step always have one.
-    log_every: int = 10
+    log_interval: int = 10
+    # Steps from one checkpoint to the next; null saves the last state alone.
+    save_interval: int | None = None
+    # Newest checkpoints to keep; null keeps all.
+    keep_checkpoints: int | None = 2
 
     def validate(self) -> list[str]:
         """One message for each value that no run can have."""
         problems = [f"{name} must not be empty" for name in ("model", "data", "output_dir") if not getattr(self, name)]
-        for name, least in (("num_steps", 1), ("batch_size", 1), ("max_length", 2), ("log_every", 1)):
-            if getattr(self, name) < least:
-                problems.append(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("learning_rate", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                problems.append(f"{name} must be above 0 or null, not {value}")
-        if self.schedule not in get_args(Shape):
-            problems.append(f'unknown schedule "{self.schedule}"{did_you_mean(self.schedule, get_args(Shape))}')
+        problems += self._numbers_out_of_range()
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                problems.append(f'unknown {name} "{getattr(self, name)}"{did_you_mean(getattr(self, name), known)}')
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            problems.append(f"give one of {', '.join(BUDGETS)}, not {' and '.join(budgets) or 'none of them'}")
         if self.decay_steps and self.schedule != "trapezoid":
             problems.append(f"decay_steps is {self.decay_steps}, which is for the schedule trapezoid alone")
-        for name in ("warmup_steps", "decay_steps"):
-            if not 0 <= getattr(self, name) <= self.num_steps:
-                problems.append(f"{name} must be between 0 and num_steps, not {getattr(self, name)}")
-        if self.cut not in get_args(Cut):
-            problems.append(f'unknown cut "{self.cut}"{did_you_mean(self.cut, get_args(Cut))}')
         if not 0 <= self.seed < _SEED_LIMIT:
             problems.append(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
         if self.config is not None and self.method is None:
             problems.append("config is given without method; an adapter folder brings its own configuration")
         return problems
 
-    @property
-    def learning_rates(self) -> Schedule:
-        """The schedule, over the whole run."""
-        return Schedule(self.schedule, self.num_steps, self.warmup_steps, self.decay_steps)  # type: ignore[arg-type]
+    def _numbers_out_of_range(self) -> list[str]:
+        problems = []
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"{name} must be at least {least}, not {value}")
+        for name in ("learning_rate", "grad_clip", "flops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                problems.append(f"{name} must be above 0 or null, not {value}")
+        if self.divergence_factor is not None and self.divergence_factor <= 1:
+            problems.append(f"divergence_factor must be above 1 or null, not {self.divergence_factor}")
+        if self.average_decay is not None and not 0 < self.average_decay < 1:
+            problems.append(f"average_decay must be between 0 and 1, or null, not {self.average_decay}")
+        if self.num_steps is not None:
+            for name in ("warmup_steps", "decay_steps"):
+                if getattr(self, name) > self.num_steps:
+                    problems.append(f"{name} must be at most num_steps, {self.num_steps}, not {getattr(self, name)}")
+        return problems
+
+    def learning_rates(self, num_steps: int) -> Schedule:
+        """The schedule over a run of so many steps."""
+        return Schedule(self.schedule, num_steps, self.warmup_steps, self.decay_steps)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from deepen.backbones.costs import gradient_reaches, pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import CheckpointError
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Batch, LossTerm, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
+from deepen.core.types import Advance, Batch, LossTerm, Mean, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
 from deepen.generate.drafts import NO_DRAFT
 from deepen.generate.verify import Decoding, judge, open_decoding, pad_rows
 
@@ -93,7 +93,7 @@ class ToyModel(nn.Module):
     def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
         """Cross entropy of the next token."""
         total = -(self._log_probs(batch).gather(2, _targets(batch)[..., None])[..., 0] * batch.predicted()).sum()
-        metrics = {"recursions": float(self.config.num_recursions)}
+        metrics = {"recursions": Mean(float(self.config.num_recursions))}
         return StepOutput({"next_token": LossTerm(total, "token")}, metrics=metrics)
 
     def step_work(self, batch: Batch) -> Work:

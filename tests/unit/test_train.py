@@ -1,9 +1,9 @@
-"""The training loop against a plain one, and what it refuses."""
+"""A training run against a plain loop, and what it refuses."""
 
 import json
 import math
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,15 @@ from deepen.checkpoint import open_model
 from deepen.cli import train as cli_train
 from deepen.core.errors import ConfigError, DeepenError
 from deepen.core.method import RecursiveModel
-from deepen.core.types import LossTerm, Progress, StepOutput, Work
+from deepen.core.types import LossTerm, Mean, Progress, StepOutput, Work
 from deepen.data.batches import batch_of
-from deepen.train import loop
+from deepen.data.loader import Loader
 from deepen.train.config import RunConfig
-from deepen.train.loop import NotFinite, make_optimizer, open_trainee, steps, train
+from deepen.train.module import StepModule
+from deepen.train.optim import make_optimizers
+from deepen.train.run import rows_of_run, train
+from deepen.train.step import NotFinite, Steps
+from deepen.train.trainee import open_trainee
 
 DROPPED_IN = Path(__file__).parents[1] / "contract" / "dropped_in"
 ROWS = [[1, 5, 2], [3, 3], [4, 0, 1, 2, 5], [2, 4, 4, 1]]
@@ -66,7 +70,8 @@ class Bigram(nn.Module, RecursiveModel):
             # The square root of nothing has a finite value, and no finite slope.
             first = first * math.nan if self.spoiled == "loss" else first + (self.table * 0).sum().sqrt()
         losses = {"next": LossTerm(-(picked * real).sum(), "token"), "size": LossTerm(first, "sequence", weight=0.25)}
-        return StepOutput(losses, carry=carry + 1, metrics={"generation/rows": float(len(batch.lengths))})
+        rows = Mean(float(batch.lengths.sum()), len(batch.lengths))
+        return StepOutput(losses, carry + 1, {"generation/tokens_of_row": rows}, {"lengths": batch.lengths.sum()})
 
     def step_work(self, batch):
         return Work(one_gradient=batch.input_ids.numel())
@@ -88,9 +93,13 @@ def plain_loss(table, rows):
     return next_token, size
 
 
-def run(model, batches, *, num_steps, grad_clip=None):
-    optimizer = make_optimizer(model, nn.Module(), learning_rate=None)
-    return list(steps(model, optimizer, iter(batches), num_steps=num_steps, grad_clip=grad_clip))
+def run(model, batches, *, num_steps, grad_clip=None, **options):
+    batches = list(batches)
+    optimizers = make_optimizers(model, None)
+    steps = Steps(
+        StepModule(model, None), optimizers, batches.__getitem__, num_steps=num_steps, grad_clip=grad_clip, **options
+    )
+    return [steps.take(index) for index in range(num_steps)]
 
 
 class TestSteps:
@@ -115,9 +124,9 @@ class TestSteps:
             if grad_clip is not None and norm > grad_clip:
                 table.grad *= grad_clip / norm
             optimizer.step()
-            torch.testing.assert_close(report.losses["next"], next_token.detach())
-            torch.testing.assert_close(report.losses["size"], size.detach())
-            torch.testing.assert_close(report.total, (next_token + 0.25 * size).detach())
+            assert report.losses == pytest.approx({"next": next_token.item(), "size": size.item()}, rel=1e-5)
+            assert report.total == pytest.approx((next_token + 0.25 * size).item(), rel=1e-5)
+            assert report.gradient_norm == pytest.approx(norm, rel=1e-4)
             assert report.num_tokens == sum(map(len, rows))
             assert report.work == Work(one_gradient=len(rows) * max(map(len, rows)))
         # AdamW divides by the gradient's size, so a parameter it hardly touches carries rounding on.
@@ -125,11 +134,12 @@ class TestSteps:
 
     def test_members_are_called_in_order_and_the_carry_is_handed_on(self):
         model = Bigram()
-        run(model, [batch_of(ROWS)] * 3, num_steps=3)
+        reports = run(model, [batch_of(ROWS)] * 3, num_steps=3)
         assert model.order == ["prepare", "count", "train_step", "after_step"] * 3
         assert model.carries == [0, 1, 2]
         assert model.progress == [Progress(0, 3), Progress(1, 3), Progress(2, 3)]
-        assert [dict(given) for given in model.statistics] == [{"generation/rows": torch.tensor(4.0)}] * 3
+        assert [dict(given) for given in model.statistics] == [{"lengths": torch.tensor(14)}] * 3
+        assert [report.metrics for report in reports] == [{"generation/tokens_of_row": 3.5}] * 3
 
     @pytest.mark.parametrize(
         ("spoiled", "message"),
@@ -159,10 +169,11 @@ class TestSteps:
 
     def test_a_loss_that_nothing_trainable_moves_is_told(self):
         model = Bigram()
-        optimizer = make_optimizer(model, nn.Module(), learning_rate=None)
+        optimizers = make_optimizers(model, None)
         model.table.requires_grad_(False)
+        steps = Steps(StepModule(model, None), optimizers, [batch_of(ROWS)].__getitem__, num_steps=1)
         with pytest.raises(DeepenError, match="no loss depends on a trainable parameter"):
-            next(steps(model, optimizer, iter([batch_of(ROWS)]), num_steps=1, grad_clip=None))
+            steps.take(0)
 
 
 class Grouped(nn.Module):
@@ -194,26 +205,26 @@ class TestOptimizer:
     def test_wrong_groups_name_the_parameter(self, groups, message):
         model = Grouped(*groups)
         with pytest.raises(DeepenError, match=message):
-            make_optimizer(model, model.base, learning_rate=None)
+            make_optimizers(model, model.base)
 
     def test_nothing_to_train_is_told(self):
         model = Grouped()
         for parameter in (model.a, model.b):
             parameter.requires_grad_(False)
         with pytest.raises(DeepenError, match="there is nothing to train"):
-            make_optimizer(model, model.base, learning_rate=None)
+            make_optimizers(model, model.base)
 
     def test_the_base_is_frozen_but_for_what_a_group_names(self):
         model = Grouped(("a",), ("b", "base.bias"))
-        make_optimizer(model, model.base, learning_rate=None)
+        make_optimizers(model, model.base)
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trainable == {"a", "b", "base.bias"}
 
     def test_learning_rates_are_the_groups_unless_one_is_given_for_all(self):
         model = Grouped(("a",), ("b",))
-        own, given = (make_optimizer(model, model.base, learning_rate=rate) for rate in (None, 0.5))
-        assert [group["lr"] for group in own.param_groups] == [0.1, 0.2]
-        assert [group["lr"] for group in given.param_groups] == [0.5, 0.5]
+        own, given = (make_optimizers(model, model.base, learning_rate=rate) for rate in (None, 0.5))
+        assert [group["lr"] for group in own.groups] == [0.1, 0.2]
+        assert [group["lr"] for group in given.groups] == [0.5, 0.5]
 
 
 @pytest.fixture
@@ -223,12 +234,16 @@ def run_config(tmp_path, monkeypatch) -> RunConfig:
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     return RunConfig(
         model="tiny:llama", method="toy", data=str(tmp_path / "corpus.jsonl"), output_dir=str(tmp_path / "run"),
-        num_steps=3, batch_size=2, max_length=24, log_every=2,
+        num_steps=3, batch_size=2, max_length=24, log_interval=2,
     )  # fmt: skip
 
 
 def weights(folder):
     return {name: tensor.detach().clone() for name, tensor in open_model(str(folder)).model.saved_state().items()}
+
+
+def loader_of(config: RunConfig) -> Loader:
+    return Loader(rows_of_run(config, open_trainee(config)), rows_per_step=config.batch_size, seed=config.seed)
 
 
 def silent(line: str) -> None:
@@ -249,7 +264,7 @@ class TestTrain:
         assert [figures["step"] for figures in logged] == [1, 2, 3]
         assert logged[0].keys() == {
             "step", "train/loss/total", "train/loss/next_token", "train/learning_rate", "train/recursions",
-            "train/performance/tokens_per_sec", "train/performance/flops",
+            "train/gradient_norm", "train/performance/tokens_per_sec", "train/performance/flops",
         }  # fmt: skip
         assert logged[0]["train/learning_rate"] == 1e-2 and logged[0]["train/recursions"] == 2.0
         metrics = json.loads((folder / "metrics.json").read_text())
@@ -257,7 +272,7 @@ class TestTrain:
         assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
 
     def test_a_run_leaves_its_ledger(self, run_config):
-        folder = train(replace(run_config, log_every=3), show=silent)
+        folder = train(replace(run_config, log_interval=3), show=silent)
         ledger = json.loads((folder / "ledger.json").read_text())
         model = open_model(str(folder)).model
         added = sum(parameter.numel() for parameter in (model.down.weight, model.up.weight))
@@ -273,7 +288,7 @@ class TestTrain:
         assert flops == sorted(flops) and flops[-1] == ledger["training_flops"]
 
     def test_steps_in_between_are_logged_by_their_interval(self, run_config):
-        train(replace(run_config, num_steps=7, log_every=3), show=silent)
+        train(replace(run_config, num_steps=7, log_interval=3), show=silent)
         logged = (Path(run_config.output_dir) / "train.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in logged] == [1, 3, 6, 7]
 
@@ -286,7 +301,7 @@ class TestTrain:
         assert not torch.equal(states[0]["down.weight"], states[2]["down.weight"])
 
     def test_it_learns(self, run_config):
-        config = replace(run_config, num_steps=40, batch_size=8, log_every=1)
+        config = replace(run_config, num_steps=40, batch_size=8, log_interval=1)
         train(config, show=silent)
         logged = (Path(run_config.output_dir) / "train.jsonl").read_text().splitlines()
         losses = [json.loads(line)["train/loss/total"] for line in logged]
@@ -344,7 +359,11 @@ class TestTrain:
             ({"max_length": 513}, "max_length is 513, but the model's context is 512"),
             ({"data": "no/such.txt"}, 'unknown corpus "no/such.txt"'),
             ({"schedule": "cosin"}, 'unknown schedule "cosin"; did you mean "cosine"'),
-            ({"warmup_steps": 4}, "warmup_steps must be between 0 and num_steps, not 4"),
+            ({"warmup_steps": 4}, "warmup_steps must be at most num_steps, 3, not 4"),
+            ({"num_tokens": 9}, "give one of num_steps, num_tokens, flops, not num_steps and num_tokens"),
+            ({"num_micro_batches": 3}, "a step of 2 rows can't be divided over 1 ranks and 3 micro-batches"),
+            ({"parallel": "shard"}, "parallel is shard, which needs several processes: start it with torchrun"),
+            ({"optimizer": "mouon"}, 'unknown optimizer "mouon"; did you mean "muon"'),
             ({"decay_steps": 2}, "decay_steps is 2, which is for the schedule trapezoid alone"),
             ({"cut": "pakced"}, 'unknown cut "pakced"; did you mean "packed"'),
             ({"batch_size": 10_000}, "a step takes 10000 rows, and the data has"),
@@ -367,10 +386,14 @@ class TestTrain:
         ):
             train(run_config, show=silent)
 
-    def test_runs_never_mix(self, run_config):
+    def test_runs_never_mix(self, run_config, tmp_path):
         train(run_config, show=silent)
-        with pytest.raises(DeepenError, match="is not an empty folder; choose another"):
-            train(run_config, show=silent)
+        with pytest.raises(DeepenError, match=r"holds another run: num_steps is 3 there, and 4 here; choose another"):
+            train(replace(run_config, num_steps=4), show=silent)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        with pytest.raises(DeepenError, match="is not an empty folder, and holds no run; choose another"):
+            train(replace(run_config, output_dir=str(tmp_path / "full")), show=silent)
 
     @pytest.mark.parametrize(
         ("config", "width"), [(None, 8), ("small", 8), ({"width": 3}, 3)], ids=["defaults", "preset", "inline"]
@@ -383,7 +406,7 @@ class TestRunConfig:
     def test_every_impossible_value_has_its_message(self):
         config = RunConfig(
             model="", data="wiki", config="small", num_steps=0, batch_size=0, max_length=1, learning_rate=0.0,
-            grad_clip=-1.0, seed=-1, output_dir="", log_every=0,
+            grad_clip=-1.0, seed=-1, output_dir="", log_interval=0,
         )  # fmt: skip
         assert config.validate() == [
             "model must not be empty",
@@ -391,20 +414,23 @@ class TestRunConfig:
             "num_steps must be at least 1, not 0",
             "batch_size must be at least 1, not 0",
             "max_length must be at least 2, not 1",
-            "log_every must be at least 1, not 0",
+            "log_interval must be at least 1, not 0",
             "learning_rate must be above 0 or null, not 0.0",
             "grad_clip must be above 0 or null, not -1.0",
             "seed must be between 0 and 2**63 - 1, not -1",
             "config is given without method; an adapter folder brings its own configuration",
         ]
 
-    def test_a_run_needs_a_model_and_data_and_no_more(self):
-        assert RunConfig.from_dict({"model": "tiny:llama", "data": "wiki"}).validate() == []
+    @pytest.mark.parametrize("budget", [{"num_steps": 1}, {"num_tokens": 100}, {"flops": 1e12}])
+    def test_a_run_needs_a_model_data_and_a_budget_and_no_more(self, budget):
+        assert RunConfig.from_dict({"model": "tiny:llama", "data": "wiki", **budget}).validate() == []
         with pytest.raises(ConfigError, match="model is missing"):
-            RunConfig.from_dict({"data": "wiki"})
+            RunConfig.from_dict({"data": "wiki", **budget})
+        with pytest.raises(ConfigError, match="give one of num_steps, num_tokens, flops, not none of them"):
+            RunConfig.from_dict({"model": "tiny:llama", "data": "wiki"}).check()
 
     def test_inline_configurations_come_back_from_a_file(self, tmp_path):
-        config = RunConfig(model="a", data="b", method="toy", config={"width": 3})
+        config = RunConfig(model="a", data="b", method="toy", config={"width": 3}, num_steps=1)
         config.save(tmp_path / "run.json")
         assert RunConfig.from_file(tmp_path / "run.json") == config
 
@@ -433,7 +459,7 @@ class TestCommand:
 
 def test_the_order_of_data_is_the_runs_seed(run_config):
     first, again, other = (
-        [batch.input_ids.tolist() for batch in islice(loop._batches(config, open_trainee(config)), 4)]
+        [loader_of(config).step(index).input_ids.tolist() for index in range(4)]
         for config in (run_config, run_config, replace(run_config, seed=1))
     )
     assert first == again != other
@@ -444,7 +470,7 @@ def test_a_run_learns_the_answers_of_conversations_alone(run_config, tmp_path):
         "".join(json.dumps({"prompt": f"question {n}", "response": f"answer {n}"}) + "\n" for n in range(40))
     )
     config = replace(run_config, data=str(tmp_path / "chat.jsonl"), max_length=200)
-    batch = next(loop._batches(config, open_trainee(config)))
+    batch = loader_of(config).step(0)
     learned = [
         bytes(token for token in row[1:][counted].tolist() if token < 256)
         for row, counted in zip(batch.input_ids, batch.predicted(), strict=True)
@@ -455,14 +481,14 @@ def test_a_run_learns_the_answers_of_conversations_alone(run_config, tmp_path):
 
 def test_packed_rows_are_full(run_config):
     config = replace(run_config, cut="packed", max_length=24)
-    batch = next(loop._batches(config, open_trainee(config)))
+    batch = loader_of(config).step(0)
     num_tokens = sum(len(json.loads(line)["text"]) + 1 for line in Path(run_config.data).read_text().splitlines())
     assert set(batch.lengths.tolist()) <= {24, num_tokens % 24} and batch.documents is not None
     assert train(config, show=silent).is_dir()
 
 
 def test_learning_rates_follow_the_schedule(run_config):
-    config = replace(run_config, num_steps=4, learning_rate=0.1, schedule="linear", warmup_steps=2, log_every=1)
+    config = replace(run_config, num_steps=4, learning_rate=0.1, schedule="linear", warmup_steps=2, log_interval=1)
     train(config, show=silent)
     lines = (Path(run_config.output_dir) / "train.jsonl").read_text().splitlines()
     assert [json.loads(line)["train/learning_rate"] for line in lines] == pytest.approx([0.05, 0.1, 0.1, 0.05])

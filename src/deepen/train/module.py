@@ -1,0 +1,85 @@
+"""A method's model as the one module whose `forward` is a training step, and what is put around it.
+
+Sharding, compiling and activation checkpointing hang on `forward`, which the protocol's `train_step` is not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from deepen.core.types import Batch, Progress, Score, StepOutput
+
+
+class StepModule(nn.Module):
+    """The model, and the base it stands on where that is no part of it; parameters have one name each here."""
+
+    def __init__(self, model: Any, base: nn.Module | None) -> None:
+        super().__init__()
+        self.model = model
+        self.base = base
+        self.is_sharded = False
+
+    def forward(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
+        """`RecursiveModel.train_step`."""
+        output: StepOutput = self.model.train_step(batch, carry, progress)
+        return output
+
+    def score(self, batch: Batch) -> Score:
+        """`RecursiveModel.score`."""
+        score: Score = self.model.score(batch)
+        return score
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, those that an optimizer moves."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        """By name, the buffers of the method that a checkpoint keeps, such as thresholds; the base's never move."""
+        of_base = {id(buffer) for buffer in self.base.buffers()} if self.base is not None else set()
+        kept = self.model.state_dict(keep_vars=True)
+        return {
+            f"model.{name}": buffer
+            for name, buffer in self.model.named_buffers()
+            if name in kept and id(buffer) not in of_base
+        }
+
+    def shard(self) -> None:
+        """Shard parameters over ranks (FSDP2), unit by unit; gradients are summed, as losses are divided already."""
+        for unit in self.model.shard_units():
+            fully_shard(unit)
+        fully_shard(self)
+        register_fsdp_forward_method(self, "score")
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        self.is_sharded = True
+
+    def compile_units(self) -> None:
+        """Compile the model unit by unit, in place: equal units share their code."""
+        for unit in self.model.shard_units():
+            unit.compile()
+
+    def checkpoint_activations(self) -> None:
+        """Keep no activations inside units: the backward runs each unit's forward again."""
+        for unit in self.model.shard_units():
+            unit.forward = _recomputing(unit.forward)
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputing
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with its shards from all ranks, which all must ask for; any other is itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

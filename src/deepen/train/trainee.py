@@ -1,0 +1,47 @@
+"""What a run trains: a method's model over its base, with all that a checkpoint needs to know of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepen.backbones.hf import Backbone
+from deepen.backbones.identity import BaseIdentity
+from deepen.checkpoint import open_model
+from deepen.core.errors import ConfigError
+from deepen.core.registry import Method, get
+from deepen.data.encoding import ChatEncoder
+from deepen.train.config import RunConfig
+from deepen.train.ranks import device_of_rank
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A method's model over its base."""
+
+    method: Method
+    model: Any
+    backbone: Backbone
+    tokenizer: ChatEncoder
+    identity: BaseIdentity
+
+
+def open_trainee(config: RunConfig) -> Trainee:
+    """The adapter that `config.model` names, or a new model of `config.method` over that base."""
+    opened = open_model(config.model, device=device_of_rank())
+    if opened.method is not None:
+        if config.method is not None:
+            raise ConfigError(
+                f"{config.model} is an adapter of {opened.method.name}: leave out method and config, which it has"
+            )
+        return Trainee(opened.method, opened.model, opened.backbone, opened.tokenizer, opened.identity)
+    if config.method is None:
+        raise ConfigError(f"{config.model} is a plain base model: say which method to train on it (`deepen methods`)")
+    method = get(config.method)
+    backbone = opened.backbone
+    model = method.load_model_type().build(_method_config(method, config), backbone, backbone.vocab_size)
+    return Trainee(method, model, backbone, opened.tokenizer, opened.identity)
+
+
+def _method_config(method: Method, config: RunConfig) -> Any:
+    if isinstance(config.config, str):
+        return method.load_config(config.config)
+    return method.load_config_type().from_dict(config.config or {}, source="config")
