@@ -41,6 +41,7 @@ def test_the_report_would_show_torch():
 class TestTopLevelNames:
     NAMES = (
         "ChunkRefineWrapper",
+        "MetricsTracker",
         "RecursiveConfig",
         "get_after_surgery_config",
         "get_baseline_config",

@@ -36,13 +36,25 @@ def answer_all(
     """An answer to each prompt, one after the other; `advance` is called with the most tokens each could have had."""
     answers = []
     for prompt in prompts:
-        answers.append(_answer(decoder, prompt, tokenizer, stop, flops))
+        ids = prompt.encode(tokenizer)
+        answers.append(
+            answer(decoder, ids, name=prompt.name, domain=prompt.domain, tokenizer=tokenizer, stop=stop, flops=flops)
+        )
         advance(stop.max_new_tokens)
     return answers
 
 
-def _answer(decoder: Decoder, prompt: DomainPrompt, tokenizer: Any, stop: StopConfig, flops: PassFlops) -> Answer:
-    ids = prompt.encode(tokenizer)
+def answer(
+    decoder: Decoder,
+    ids: Sequence[int],
+    *,
+    name: str,
+    domain: str,
+    tokenizer: Any,
+    stop: StopConfig,
+    flops: PassFlops,
+) -> Answer:
+    """The greedy continuation of a prompt's `ids`, called `name` and `domain` in what is given."""
     recorder = Recorder(decoder)
     began = perf_counter()
     result = complete(recorder, [ids], stop=stop, tokenizer=tokenizer)[0]
@@ -51,8 +63,8 @@ def _answer(decoder: Decoder, prompt: DomainPrompt, tokenizer: Any, stop: StopCo
     judged, agreed = judged_by_place(advances)
     ledger = _ledger(advances, len(ids), flops)
     return Answer(
-        prompt=prompt.name,
-        domain=prompt.domain,
+        prompt=name,
+        domain=domain,
         num_prompt_tokens=len(ids),
         tokens=tuple(result.tokens),
         text=result.text,
