@@ -1,4 +1,4 @@
-"""Adapters: a folder that holds what a method added to a base model, and says which base that is.
+"""What training leaves behind. Adapters: folders that hold what a method added to a base, and say which base that is.
 
 | file | holds |
 |---|---|
@@ -6,7 +6,8 @@
 | the method's `config_file` | its configuration, every field |
 | the method's `weights_file` | the tensors of its `saved_state`, as safetensors; never a copy of the base |
 
-`open_model` takes such a folder as it takes the address of a plain model, or says what about it doesn't fit.
+`open_model` takes such a folder as it takes the address of a plain model, or says what about it doesn't fit. A model
+that was trained as a whole is a plain model itself, which `save_model` writes as transformers has it.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor
 from deepen import __version__
 from deepen.backbones.hf import Backbone
 from deepen.backbones.identity import BaseIdentity
+from deepen.backbones.quiet import quiet_transformers
 from deepen.backbones.resolve import Loaded, load
 from deepen.backbones.shapes import build_shape
 from deepen.core import registry
@@ -109,6 +111,17 @@ def write_adapter(
     write_json(folder / MANIFEST, manifest.to_dict())
     model.config.save(folder / method.config_file)
     save_file(saved, folder / method.weights_file, metadata={"format": "pt"})
+
+
+def save_model(folder: str | Path, *, backbone: Backbone, tokenizer: Any, replace: bool = False) -> None:
+    """Write the base itself to `folder` with its tokenizer, as transformers' own; all of it or nothing.
+
+    Weights are safetensors in the dtype that the model has, tied ones once. Raises `DeepenError` if the folder holds
+    something already and `replace` is false, or can't be written.
+    """
+    with write_folder_atomically(folder, replace=replace) as begun, quiet_transformers():
+        backbone.model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
 
 
 def open_model(

@@ -106,7 +106,7 @@ class TestCommandLine:
 class TestConfiguration:
     def test_an_unknown_key_in_a_file(self, not_grafted, tmp_path):
         (tmp_path / "mine.json").write_text('{"recursive_enabled": true, "comit_threshold": 0.5}')
-        message = not_grafted("tiny:llama", "--config", str(tmp_path / "mine.json"))
+        message = not_grafted("tiny:llama", "--method", "chunk", "--config", str(tmp_path / "mine.json"))
         assert says(message, "mine.json", '"comit_threshold"', 'did you mean "commit_threshold"?')
 
     def test_an_unknown_key_in_a_flag(self, not_grafted):
@@ -115,7 +115,7 @@ class TestConfiguration:
 
     def test_a_wrong_type_in_a_file(self, not_grafted, tmp_path):
         (tmp_path / "mine.json").write_text('{"recursive_enabled": "yes"}')
-        message = not_grafted("tiny:llama", "--config", str(tmp_path / "mine.json"))
+        message = not_grafted("tiny:llama", "--method", "chunk", "--config", str(tmp_path / "mine.json"))
         assert says(message, "mine.json", 'recursive_enabled must be true or false, not "yes"')
 
     def test_a_wrong_type_in_a_flag(self, not_grafted):
@@ -144,7 +144,8 @@ class TestConfiguration:
 
     def test_a_file_that_is_no_json(self, not_grafted, tmp_path):
         (tmp_path / "mine.json").write_text('{"recursive_enabled": true,}')
-        assert says(not_grafted("tiny:llama", "--config", str(tmp_path / "mine.json")), "mine.json, line 1, column")
+        message = not_grafted("tiny:llama", "--method", "chunk", "--config", str(tmp_path / "mine.json"))
+        assert says(message, "mine.json, line 1, column")
 
     def test_a_setting_that_is_none(self, not_grafted):
         message = not_grafted("tiny:llama", "--config", "after_surgery", "--set", "draft")

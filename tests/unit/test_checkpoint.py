@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import deepen.methods
 from deepen import __version__
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
 from deepen.backbones.resolve import load
-from deepen.checkpoint import MANIFEST, is_adapter, open_model, save_adapter
+from deepen.checkpoint import MANIFEST, is_adapter, open_model, save_adapter, save_model
 from deepen.core import files, registry
 from deepen.core.errors import AddressError, CheckpointError, ConfigError, DeepenError, DownloadError
 from deepen.data.tokenizer import byte_tokenizer
@@ -74,6 +75,49 @@ def tree(folder: Path) -> set[str]:
 
 def continuation(decoder) -> list[int]:
     return complete(decoder, [[72, 105, 72, 105]], stop=StopConfig(max_new_tokens=12))[0].tokens
+
+
+class TestWholeModel:
+    """A model that was trained as a whole is a folder of transformers'."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    @pytest.mark.filterwarnings("ignore:this CPU has no instructions")
+    def test_it_comes_back_bit_for_bit(self, name, dtype, tmp_path):
+        loaded = load(f"tiny:{name}", dtype=dtype, device="cpu")
+        backbone = Backbone.attach(loaded.model)
+        backbone.pack()
+        save_model(tmp_path / "m", backbone=backbone, tokenizer=loaded.tokenizer)
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= tree(tmp_path / "m")
+        opened = open_model(str(tmp_path / "m"), dtype=dtype, device="cpu")
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+        expected = loaded.model.state_dict()
+        for model in (opened.backbone.model, read):
+            assert model.state_dict().keys() == expected.keys()
+            assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+        assert (opened.method, opened.identity.fingerprint) == (None, loaded.identity.fingerprint)
+        assert opened.identity.tokenizer == loaded.identity.tokenizer
+        backbone.unpack()
+        assert continuation(opened.decoder) == continuation(PlainDecoder(backbone))
+
+    def test_it_is_replaced_only_if_it_may_be(self, tmp_path):
+        first, second = (open_model(f"tiny:llama?seed={seed}", device="cpu") for seed in (1, 2))
+        save_model(tmp_path / "m", backbone=first.backbone, tokenizer=first.tokenizer)
+        with pytest.raises(DeepenError, match="exists and is not empty"):
+            save_model(tmp_path / "m", backbone=second.backbone, tokenizer=second.tokenizer)
+        assert open_model(str(tmp_path / "m"), device="cpu").identity.fingerprint == first.identity.fingerprint
+        save_model(tmp_path / "m", backbone=second.backbone, tokenizer=second.tokenizer, replace=True)
+        assert open_model(str(tmp_path / "m"), device="cpu").identity.fingerprint == second.identity.fingerprint
+
+    def test_a_failure_leaves_nothing(self, tmp_path):
+        class Unsaveable:
+            def save_pretrained(self, folder: Path) -> None:
+                assert (folder / "model.safetensors").is_file()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with pytest.raises(DeepenError, match="No space left"):
+            save_model(tmp_path / "m", backbone=Backbone.attach(tiny.build("llama")), tokenizer=Unsaveable())
+        assert tree(tmp_path) == set()
 
 
 class TestRoundTrip:

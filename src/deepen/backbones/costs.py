@@ -26,8 +26,10 @@ from deepen.core.types import Work
 # others read the half's input, as it comes from its norm.
 _INNER = (
     *("o_proj", "out_proj", "c_proj", "kv_b_proj", "q_b_proj", "f_b_proj", "g_b_proj", "conv1d"),
-    *("down_proj", "fc2", "lora_B"),
+    *("down_proj", "fc2"),
 )
+# Of an adapter: the product that reads what the other one gives.
+_ADAPTER_OUTER, _ADAPTER_INNER = "lora_B", "lora_A"
 # What makes keys and values of latent entries.
 _EXPANDING = "kv_b_proj"
 
@@ -99,8 +101,9 @@ def training_work(
 
     Exact wherever a gradient reaches a layer, wherever nothing in it is trained, and in the layer where gradients
     begin, if that has one norm before its attention and one before its MLP, and each of these four is trained or frozen
-    as a whole. Where a part of the attention or of the MLP is trained behind a frozen norm (an adapter at some of the
-    projections), this layer may be counted too high, as a layer of another make may be; those above it are exact again.
+    as a whole, or adapters are at any of a llama's linears. Where other parts of the attention or of the MLP are
+    trained behind a frozen norm, this layer may be counted too high or too low, as a layer of another make may be;
+    those above it are exact again.
     """
     costs = training_costs(backbone, begins_after=begins_after)
     return costs.over(num_positions=num_positions, num_logits=num_logits)
@@ -169,14 +172,29 @@ def _total(parts: Iterable[Work]) -> Work:
 class _Product:
     """A product with a weight of `module`, at one position, or at one entry if it `expands` those.
 
-    `is_inner` says that it reads what was made in its half of the layer, not what came through the norm.
+    `path` leads to the weight from the part of the layer that it is in.
     """
 
+    path: tuple[str, ...]
     module: nn.Module
     weight: Tensor
     multiply_adds: int
-    is_inner: bool
-    expands: bool
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it reads what was made in its half of the layer, not what came through the norm."""
+        return any(part in _INNER for part in self.path)
+
+    @property
+    def expands(self) -> bool:
+        """Whether it is done for each entry."""
+        return _EXPANDING in self.path
+
+    @property
+    def read_as(self) -> str:
+        """What attention takes it for: some of query, key and value."""
+        first = self.path[0].partition("_")[0]
+        return first if first in ("q", "k", "v", "kv") else "qkv"
 
     def work(self, gets: _Gets, *, flows: bool) -> Work:
         """With a gradient that flows into it or not."""
@@ -191,9 +209,7 @@ def _products(module: nn.Module, backbone: Backbone) -> Iterator[_Product]:
 
 def _own_products(name: str, module: nn.Module, backbone: Backbone) -> Iterator[_Product]:
     for weight_name, weight, multiply_adds in _own_weights(module, backbone):
-        path = [*name.split("."), weight_name]
-        is_inner = any(part in _INNER for part in path)
-        yield _Product(module, weight, multiply_adds, is_inner, _EXPANDING in path)
+        yield _Product((*name.split("."), weight_name), module, weight, multiply_adds)
 
 
 def _own_weights(module: nn.Module, backbone: Backbone) -> Iterator[tuple[str, Tensor, int]]:
@@ -217,14 +233,23 @@ def _layer_costs(backbone: Backbone, index: int, gets: _Gets, *, flows: bool) ->
         products = [product for part in parts for product in _products(part, backbone)]
         into_half = flows or gets(norm)
         readers = [product for product in products if not product.is_inner]
-        inside = into_half or any(gets(product.module.parameters(recurse=False)) for product in readers)
+        reached = [each for each in readers if into_half or gets(each.module.parameters(recurse=False))]
+        trained = {each.path for each in products if gets([each.weight])}
         for product in products:
-            work = product.work(gets, flows=inside if product.is_inner else into_half)
+            flows_in = bool(reached) if product.is_inner else into_half
+            work = product.work(gets, flows=flows_in or _inside_adapter(product) in trained)
             total += PassCosts(per_entry=work) if product.expands else PassCosts(per_position=work)
         if place == 0:
-            total += _attention_costs(backbone, index, flows=inside)
+            total += _attention_costs(backbone, index, read="".join(each.read_as for each in reached))
         flows = flows or gets([*norm, *(parameter for part in parts for parameter in part.parameters())])
     return total
+
+
+def _inside_adapter(product: _Product) -> tuple[str, ...] | None:
+    """The path of the product of an adapter whose result this one reads; None if it reads something else."""
+    if _ADAPTER_OUTER not in product.path:
+        return None
+    return tuple(_ADAPTER_INNER if part == _ADAPTER_OUTER else part for part in product.path)
 
 
 def _halves(layer: nn.Module) -> list[tuple[list[nn.Parameter], list[nn.Module]]]:
@@ -244,20 +269,24 @@ def _is_norm(name: str, module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() or name.startswith("ln_")
 
 
-def _attention_costs(backbone: Backbone, layer: int, *, flows: bool) -> PassCosts:
-    """Products of a layer that are with no weight: two in each head, with entries or with the state."""
-    operands = 2 * flows
+def _attention_costs(backbone: Backbone, layer: int, *, read: str) -> PassCosts:
+    """Products of a layer that are with no weight: two in each head, with entries or with the state.
+
+    `read` has the letters of those of query (q), key (k) and value (v) that get a gradient.
+    """
     if layer in backbone.recurrent_layers:
         heads = _DeltaHeads.of(backbone.config)
         # Each: what the state answers to a token's key, or to its query.
         each = heads.num_values * heads.key_width * heads.value_width
         return PassCosts(
-            per_position=Work.of(2 * each, operands=operands),
+            per_position=Work.of(2 * each, operands=2 if read else 0),
             # The state before the first token is zero, and no gradient goes there.
-            at_start=Work(one_gradient=each, two_gradients=-each) if flows else _NO_WORK,
+            at_start=Work(one_gradient=each, two_gradients=-each) if read else _NO_WORK,
         )
-    multiply_adds = backbone.config.num_attention_heads * sum(_head_widths(backbone))
-    return PassCosts(per_visible=Work.of(multiply_adds, operands=operands))
+    num_heads, (key_width, value_width) = backbone.config.num_attention_heads, _head_widths(backbone)
+    scores = Work.of(num_heads * key_width, operands=("q" in read) + ("k" in read))
+    values = Work.of(num_heads * value_width, operands=("q" in read or "k" in read) + ("v" in read))
+    return PassCosts(per_visible=scores + values)
 
 
 def _head_widths(backbone: Backbone) -> tuple[int, int]:

@@ -154,6 +154,12 @@ class Backbone:
         self._recheck()
         return PrefixCache(self.config, batch_size=batch_size, capacity=capacity)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block only this thread makes passes of the model: for who lends it other parts meanwhile."""
+        with _lock_of(self.model):
+            yield
+
     def _recheck(self) -> None:
         # Writes through `.data` leave no trace that a pass could look for; once a decoding is often enough.
         for module in self.model.modules():

@@ -12,7 +12,7 @@ from deepen.check.methods import AS_IT_IS, GREEDY, SAMPLED, WatchedSampler, meth
 from deepen.check.outcome import Fault, NotApplicable, Passed
 from deepen.check.prefix import Comparison, Difference, attached, fresh_reading, parts
 from deepen.check.subject import Subject
-from deepen.core.method import RecursiveModel
+from deepen.core.method import RecursiveModel, adapted
 from deepen.core.types import Prompt
 
 _MOST_ADVANCES = 6
@@ -30,15 +30,16 @@ class CommittedPrefix(Protocol):
 def commits(subject: Subject, effort: Effort) -> Passed:
     """After each advance the cache must hold what the base leaves that reads just the committed tokens.
 
-    Where the base's output is promised, the weights are as they are: what noise in what the method added does wrong
-    shows in the ids, which is for `exactness`.
+    That is the base with what the method lends it. Where the base's output is promised, the weights are as they are:
+    what noise in what the method added does wrong shows in the ids, which is for `exactness`.
     """
     method, backbone = method_of(subject), attached(subject)
-    comparison, sampler = Comparison(subject), WatchedSampler([GREEDY, SAMPLED])
+    sampler = WatchedSampler([GREEDY, SAMPLED])
     prompts = [prompt for prompt in prompts_of(subject, effort.length) if len(prompt) > 1]
     said, weights = _weights_that_tell(method)
     num_cases = 0
-    with weights(subject), torch.no_grad():
+    with weights(subject), adapted(method), torch.no_grad():
+        comparison = Comparison(subject)
         decoding = method.open(Prompt(tuple(map(tuple, prompts)), effort.length))
         if not isinstance(decoding, CommittedPrefix) or not isinstance(decoding.cache, PrefixCache):
             raise NotApplicable("its decodings have no `rows` of committed ids with a PrefixCache as their `cache`")

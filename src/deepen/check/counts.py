@@ -15,7 +15,7 @@ from deepen.check.methods import GREEDY, prompts_of
 from deepen.check.outcome import Fault, Passed
 from deepen.check.prefix import attached, fresh_reading, parts
 from deepen.check.subject import Subject
-from deepen.core.method import RecursiveModel
+from deepen.core.method import RecursiveModel, adapted
 from deepen.core.types import Prompt
 from deepen.generate.sampling import BatchSampler
 
@@ -38,9 +38,13 @@ def flops(subject: Subject, effort: Effort) -> Passed:
             ledger.hold_pass(width, context)
     if not backbone.recurrent_layers:
         ledger.hold_forward_and_backward()
+    num_cases = ledger.num_cases
     if subject.method is not None:
-        ledger.hold_advances(subject.method)
-    return Passed(ledger.num_cases, note="by torch's FlopCounterMode")
+        with adapted(subject.method):
+            of_method = _Ledger(backbone, subject)
+            of_method.hold_advances(subject.method)
+        num_cases += of_method.num_cases
+    return Passed(num_cases, note="by torch's FlopCounterMode")
 
 
 def num_bytes(subject: Subject, effort: Effort) -> Passed:

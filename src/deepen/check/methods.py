@@ -14,7 +14,7 @@ from deepen.backbones.hf import Backbone
 from deepen.check.outcome import Fault, NotApplicable
 from deepen.check.subject import Subject
 from deepen.core.errors import DeepenError
-from deepen.core.method import Decoder, RecursiveModel
+from deepen.core.method import Adapting, Decoder, RecursiveModel
 from deepen.core.types import Advance, Prompt
 from deepen.generate.sampling import BatchSampler, SamplingConfig
 
@@ -56,8 +56,7 @@ def filled(subject: Subject) -> Iterator[None]:
 def filled_by(subject: Subject, draw: int) -> Iterator[None]:
     """`filled` with one draw of noise, whatever it does to the output."""
     method = method_of(subject)
-    size = _size_of_hidden_states(subject.backbone, subject.text(16, seed=3)) if subject.backbone is not None else 1.0
-    size *= _STRENGTHS[draw]
+    size = _STRENGTHS[draw] * _size_of_what_is_added_to(subject)
     source = torch.Generator().manual_seed(draw)
     empty = untrained(method)
     before = {name: tensor.detach().clone() for name, tensor in empty.items()}
@@ -122,6 +121,13 @@ def _as_it_is(_subject: Subject) -> Iterator[None]:
 def weights_of(method: RecursiveModel) -> dict[str, Any]:
     """Contexts by what they make of the weights: as they are, and filled where there is anything to fill."""
     return {AS_IT_IS: _as_it_is, **({FILLED: filled} if untrained(method) else {})}
+
+
+def _size_of_what_is_added_to(subject: Subject) -> float:
+    """Of an element: of hidden states, or of what a linear inside a layer gives, which reads what was normed."""
+    if subject.backbone is None or isinstance(subject.method, Adapting):
+        return 1.0
+    return _size_of_hidden_states(subject.backbone, subject.text(16, seed=3))
 
 
 @torch.no_grad()

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from deepen.cli.options import Model, OptionalName, Settings, read_settings
+from deepen.cli.options import Model, OptionalName, Settings, read_settings, require_new_folder
 from deepen.cli.output import print_facts
 from deepen.core import registry
 from deepen.core.errors import ConfigError, DeepenError
+from deepen.core.hints import did_you_mean
 from deepen.core.registry import Method
 
 
@@ -44,7 +45,7 @@ def run(options: Options) -> int:
     """Graft, verify, save."""
     method = choose_method(options.method, options.config)
     settings = read_settings(options.set)
-    _require_new(options.out)
+    require_new_folder(options.out)
     # From here on things take a while.
     from deepen.backbones.hf import Backbone
     from deepen.backbones.resolve import load
@@ -76,29 +77,23 @@ def run(options: Options) -> int:
 
 
 def choose_method(name: str | None, config: str) -> Method:
-    """The method `name`; without one that which has the preset `config`, else the only one installed.
+    """The method `name`; without one that which has the preset `config`, or the only one installed.
 
-    Raises `AddressError` for an unknown name, `ConfigError` where several methods could be meant.
+    Raises `AddressError` for an unknown name, `ConfigError` where no method or several could be meant.
     """
     if name is not None:
         return registry.get(name)
-    methods = list(registry.discover().values())
-    preset = config.removesuffix(".json")
+    candidates = list(registry.discover().values())
     # A file comes before a preset of its name, and says nothing about its method.
-    owners = [] if Path(config).is_file() else [method for method in methods if preset in method.preset_paths()]
-    candidates = owners or methods
+    if len(candidates) > 1 and not Path(config).is_file():
+        preset, presets = config.removesuffix(".json"), {name for each in candidates for name in each.preset_paths()}
+        if preset not in presets:
+            raise ConfigError(f'"{config}" is neither a file nor a preset{did_you_mean(preset, presets)}')
+        candidates = [method for method in candidates if preset in method.preset_paths()]
     if len(candidates) == 1:
         return candidates[0]
     names = ", ".join(method.name for method in candidates)
     raise ConfigError(f'"{config}" does not tell which method is meant; name one with --method (there are: {names})')
-
-
-def _require_new(folder: Path) -> None:
-    """Saving would refuse it too, but only after minutes of work."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise DeepenError(f"--out {folder} exists and is not empty; choose another folder, or remove it first")
-    if folder.exists() and not folder.is_dir():
-        raise DeepenError(f"--out {folder} is a file; choose a folder, which may be new")
 
 
 def _print_configuration(method: Method, config: Any) -> None:

@@ -23,6 +23,7 @@ VERBS = {
     "demo": "what recursion buys on a pretrained model, measured here in minutes",
     "graft": "add a method to a model, print its budget, verify that nothing else changed, save the adapter",
     "generate": "continue a prompt with any model or adapter",
+    "new": "make a model with random weights, and a tokenizer for it, to train from scratch",
     "train": "train a method's parameters as a run file says",
     "evaluate": "measure a model at one stage of its surgery",
     "compare": "stages side by side: differences, costs, and whether the grafted model still is its base",

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from deepen.core.errors import ConfigError
+from deepen.core.errors import ConfigError, DeepenError
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 """A model's address, the first argument without a flag."""
@@ -39,6 +40,14 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {key} is given more than once; keep one")
         settings[key] = _value(value)
     return settings
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raises `DeepenError` if --out is taken: saving would refuse it too, but only after minutes of work."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DeepenError(f"--out {folder} exists and is not empty; choose another folder, or remove it first")
+    if folder.exists() and not folder.is_dir():
+        raise DeepenError(f"--out {folder} is a file; choose a folder, which may be new")
 
 
 def _value(text: str) -> Any:

@@ -5,6 +5,7 @@ checkpoints and commands know it through these members and nothing else.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
@@ -102,3 +103,19 @@ class RecursiveModel(Decoder, Protocol):
 
     def state_bytes(self, *, context: int) -> int:
         """Bytes of cache and state that one row holds after `context` tokens."""
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """A model that lends its base other parts while it computes, as adapters that stand in the place of linears.
+
+    What its decodings commit is then what this base, so changed, leaves of the committed tokens.
+    """
+
+    def adapted(self) -> AbstractContextManager[None]:
+        """In the block, the base is as it is in the model's own passes."""
+
+
+def adapted(model: object) -> AbstractContextManager[None]:
+    """In the block, the base of `model` is as the model's own passes find it: itself, unless `model` is `Adapting`."""
+    return model.adapted() if isinstance(model, Adapting) else nullcontext()

@@ -1,0 +1,137 @@
+"""LoRA by peft, beside a model and not in it: its layers stand in the place of linears only while they are wanted.
+
+    y = W x + (alpha / rank) B A dropout(x)
+
+(Hu et al. 2021, arXiv 2106.09685). B starts at zero, so new adapters change nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from deepen.backbones.hf import Backbone
+from deepen.core.errors import CheckpointError, ConfigError
+from deepen.core.hints import did_you_mean
+
+from .config import DenseConfig
+
+_NAME = "default"
+"""What peft calls the only adapter of a layer."""
+
+
+class LoraAdapters(nn.Module):
+    """peft's layers for some linears of a backbone, which stays as it is but within `in_place`."""
+
+    def __init__(self, config: DenseConfig, backbone: Backbone) -> None:
+        """Draws A from torch's generator; raises `ConfigError` for layers or targets that aren't there."""
+        super().__init__()
+        self._backbone = backbone
+        layers = _made_by_peft(config, _targets(config, backbone))
+        self.layers = nn.ModuleList(layers.values())
+        self._paths = tuple(layers)
+        self._places = tuple(_place(backbone.model, path) for path in layers)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In the block, the model computes with LoRA; blocks may be nested."""
+        with self._backbone.held():
+            before = [children[name] for children, name in self._places]
+            try:
+                self._put(self.layers)
+                yield
+            finally:
+                self._put(before)
+
+    def _put(self, modules: Iterable[nn.Module | None]) -> None:
+        for (children, name), module in zip(self._places, modules, strict=True):
+            children[name] = module
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """A and B of each linear, by its path in the model."""
+        return {
+            f"{path}.{part}.weight": getattr(layer, part)[_NAME].weight
+            for path, layer in zip(self._paths, self.layers, strict=True)
+            for part in ("lora_A", "lora_B")
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back `tensors`; a missing, unknown or misshapen one is a `CheckpointError` that names it."""
+        own = self.tensors()
+        problems = [f"missing {name}" for name in own if name not in state]
+        problems += [f"unknown {name}" for name in state if name not in own]
+        problems += [
+            f"{name} is {list(state[name].shape)}, expected {list(parameter.shape)}"
+            for name, parameter in own.items()
+            if name in state and state[name].shape != parameter.shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"the LoRA tensors don't fit this configuration on this base: {'; '.join(problems[:5])}"
+                + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def _targets(config: DenseConfig, backbone: Backbone) -> dict[str, nn.Module]:
+    """The linears that get LoRA, by path."""
+    chosen = [backbone.layers[index] for index in config.layers_of(backbone.num_layers)]
+    wanted = {module for layer in chosen for module in layer.modules() if _is_linear(module)}
+    linears = {path: module for path, module in backbone.model.named_modules() if module in wanted}
+    if isinstance(config.lora_targets, str):
+        return linears
+    for target in config.lora_targets:
+        if not any(_ends(path, target) for path in linears):
+            names = {path.rpartition(".")[2] for path in linears}
+            raise ConfigError(f'lora_targets names "{target}", which is no linear there{did_you_mean(target, names)}')
+    return {path: each for path, each in linears.items() if any(_ends(path, target) for target in config.lora_targets)}
+
+
+def _ends(path: str, target: str) -> bool:
+    return f".{path}".endswith(f".{target}")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2's Conv1D is a linear with its weight transposed; peft knows it, too.
+    return isinstance(module, nn.Linear) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def _made_by_peft(config: DenseConfig, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """A layer with LoRA for each of these linears, which is part of it; they stay as they are."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    trained = {each: each.requires_grad for linear in linears.values() for each in linear.parameters()}
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=r"\d+",
+        fan_in_fan_out=any(map(_is_transposed, linears.values())),
+    )
+    # Not in the model: there peft takes names like down_proj in a mixture of experts for stacked weights.
+    apart = nn.ModuleList(linears.values())
+    inject_adapter_in_model(settings, apart, adapter_name=_NAME)
+    for parameter, is_trained in trained.items():
+        parameter.requires_grad_(is_trained)
+    for layer in apart:
+        _widen(layer)
+    return dict(zip(linears, apart, strict=True))
+
+
+def _widen(layer: nn.Module) -> None:
+    """Small updates of 16-bit numbers get lost, so A and B have float32 at least; peft casts around them."""
+    for name, parameter in layer.named_parameters():
+        if name.startswith("lora_"):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _place(model: nn.Module, path: str) -> tuple[dict[str, nn.Module | None], str]:
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent)._modules, name
