@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepen import __version__
 from deepen.backbones.hf import Backbone
@@ -119,9 +119,22 @@ def save_model(folder: str | Path, *, backbone: Backbone, tokenizer: Any, replac
     Weights are safetensors in the dtype that the model has, tied ones once. Raises `DeepenError` if the folder holds
     something already and `replace` is false, or can't be written.
     """
-    with write_folder_atomically(folder, replace=replace) as begun, quiet_transformers():
-        backbone.model.save_pretrained(begun)
-        tokenizer.save_pretrained(begun)
+    with write_folder_atomically(folder, replace=replace) as begun:
+        write_whole_model(begun, backbone=backbone, tokenizer=tokenizer, tensors=own_tensors(backbone.model))
+
+
+def write_whole_model(folder: Path, *, backbone: Backbone, tokenizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """The files of a plain model, into a folder that is there; `tensors` stand for the base's `own_tensors`."""
+    with quiet_transformers():
+        backbone.model.save_pretrained(folder, state_dict=dict(tensors))
+        tokenizer.save_pretrained(folder)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a plain model holds, by name: parameters, tied ones once, and buffers that are kept."""
+    parameters = dict(model.named_parameters())
+    kept = model.state_dict(keep_vars=True)
+    return {**parameters, **{name: buffer for name, buffer in model.named_buffers() if name in kept}}
 
 
 def open_model(

@@ -49,14 +49,14 @@ def silent(line: str) -> None:
     pass
 
 
-# A figure that a clock made is another one in every run.
-CLOCKED = {"train/performance/tokens_per_sec"}
+# What a clock or the machine gave is another one in every run.
+MEASURED = {f"train/performance/{name}" for name in ("tokens_per_sec", "steps_per_sec", "memory_mb")}
 
 
 def figures(folder: str | Path) -> list[dict[str, object]]:
-    """What a run logged, without what a clock made."""
+    """What a run logged, without what was measured."""
     lines = (Path(folder) / "train.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in CLOCKED} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -97,11 +97,11 @@ class TestJsonLines:
 class TestTensorBoard:
     def test_scalars_have_their_tags_steps_and_values(self, tmp_path):
         board = TensorBoard(tmp_path)
-        board.scalars({"train/loss/total": 2.5, "train/learning_rate": 0.125, "absent": None}, step=1)
+        board.scalars({"train/loss/total": 2.5, "train/learning_rate": 0.0, "absent": None}, step=1)
         board.scalars({"train/loss/total": 1.25}, step=10)
         board.close()
         assert scalars(tmp_path, "train/loss/total") == [(1, 2.5), (10, 1.25)]
-        assert scalars(tmp_path, "train/learning_rate") == [(1, 0.125)]
+        assert scalars(tmp_path, "train/learning_rate") == [(1, 0.0)]
         assert sorted(events(tmp_path).Tags()["scalars"]) == ["train/learning_rate", "train/loss/total"]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -213,6 +213,8 @@ class TestMetricsTracker:
         def log(tracker, steps):
             for step in steps:
                 tracker.log({"loss": 1 / step}, step)
+                if step == 1:
+                    tracker.log({"once": 1.0}, step)
                 if step % 2:
                     tracker.log({"odd": step}, step)
                 tracker.log_text("note", f"at {step}", step)

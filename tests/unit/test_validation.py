@@ -199,6 +199,7 @@ def drawing_toy(loaded, *, scores=False):
             self.register_buffer("num_steps", torch.zeros(()))
             self.dropout = torch.nn.Dropout(0.5)
             self.grad_modes: list[bool] = []
+            self.carries: list[float] = []
 
         def begin(self, batch):
             return torch.zeros(())
@@ -206,6 +207,7 @@ def drawing_toy(loaded, *, scores=False):
         def train_step(self, batch, carry, progress):
             self.num_steps += 1
             self.grad_modes.append(torch.is_grad_enabled())
+            self.carries.append(float(carry))
             output = super().train_step(batch, carry, progress)
             term = output.losses["next_token"]
             noise = 1 + self.dropout(torch.rand(()))
@@ -238,6 +240,7 @@ class TestWithoutScore:
     def test_losses_are_sums_over_counts(self, loaded, corpus):
         toy = drawing_toy(loaded)
         figures = validation_of(toy, loaded, corpus, batch_size=2, say=str).measure(HALFWAY)
+        assert toy.carries == [0, 1, 2]
         rows = [loaded.tokenizer.encode(text)[:60] for text in validation_texts(5)]
         torch.manual_seed(0)
         total, toy_class = 0.0, registry.get("toy").load_model_type()
@@ -347,6 +350,10 @@ class TestNoTrace:
         assert all(parameter.grad is None for parameter in toy.parameters())
 
 
+def samples_of(model, loaded, texts):
+    return Samples(model, loaded.tokenizer, prompts_of_texts(texts, loaded.tokenizer, chat=False), max_new_tokens=8)
+
+
 class TestSamples:
     def test_they_are_greedy_continuations(self, toy, loaded, corpus):
         prompts = prompts_of_documents(corpus, loaded.tokenizer, count=3)
@@ -363,7 +370,7 @@ class TestSamples:
         assert [sample.fields()["text"] for sample in samples] == [result.text for result in results]
 
     def test_they_are_kept_with_their_step_and_figures(self, toy, loaded, corpus, tmp_path):
-        samples = Samples(toy, loaded.tokenizer, prompts_of_texts(["one", "two"], loaded.tokenizer, chat=False))
+        samples = samples_of(toy, loaded, ["one", "two"])
         board = TensorBoard(tmp_path)
         book = SampleBook(tmp_path, tensorboard=board)
         drawn = samples.draw()
@@ -375,9 +382,9 @@ class TestSamples:
             (4, 0, "one"), (4, 1, "two"), (8, 0, "one"), (8, 1, "two"),
         ]  # fmt: skip
         tokens = lines[0]["tokens"]
-        assert lines[0]["num_tokens"] == len(tokens) == 64 and lines[0]["reason"] == "length"
+        assert lines[0]["num_tokens"] == len(tokens) == 8 and lines[0]["reason"] == "length"
         assert lines[0]["tokens_per_pass"] == 1.0
-        assert lines[0]["distinct_1"] == len(set(tokens)) / 64
+        assert lines[0]["distinct_1"] == len(set(tokens)) / 8
         assert lines[0]["text"] == drawn[0].answer.text
         events = (
             EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload().Tensors("samples/1/text_summary")
@@ -388,12 +395,12 @@ class TestSamples:
         assert [line["step"] for line in JsonLines(tmp_path / "samples.jsonl")] == [4, 4]
 
     def test_figures_are_over_all_samples(self, toy, loaded):
-        samples = Samples(toy, loaded.tokenizer, prompts_of_texts(["a", "b"], loaded.tokenizer, chat=False))
+        samples = samples_of(toy, loaded, ["a", "b"])
         drawn = samples.draw()
         figures = samples.figures(drawn)
         answers = [sample.answer.tokens for sample in drawn]
-        assert figures["evaluation/samples/mean_length"] == 64
-        assert figures["evaluation/samples/distinct_1"] == sum(len(set(tokens)) for tokens in answers) / 128
+        assert figures["evaluation/samples/mean_length"] == 8
+        assert figures["evaluation/samples/distinct_1"] == sum(len(set(tokens)) for tokens in answers) / 16
         assert figures["train/generation/avg_refine_steps"] == figures["train/generation/avg_chunk_length"] == 1.0
         assert figures["train/generation/commit_rate"] is None  # a toy doesn't judge its chunks
         assert math.isfinite(figures["evaluation/samples/repetition"])
@@ -426,7 +433,7 @@ class TestSamples:
         backbone = Backbone.attach(loaded.model)
         backbone.pack()
         toy = toy_on(backbone)
-        samples = Samples(toy, loaded.tokenizer, prompts_of_texts(["a"], loaded.tokenizer, chat=False))
+        samples = samples_of(toy, loaded, ["a"])
         before = samples.draw()[0].answer.tokens
         optimizer = torch.optim.AdamW(toy.parameters(), lr=1e-1)
         toy.train_step(batch_of([list(range(40))]), None, HALFWAY).losses["next_token"].total.backward()

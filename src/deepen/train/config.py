@@ -21,7 +21,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _LEAST = {
     "num_steps": 1, "num_tokens": 1, "batch_size": 1, "max_length": 2, "num_micro_batches": 1, "warmup_steps": 0,
-    "decay_steps": 0, "log_interval": 1, "save_interval": 1, "keep_checkpoints": 1,
+    "decay_steps": 0, "log_interval": 1, "save_interval": 1, "keep_checkpoints": 1, "eval_interval": 1,
+    "eval_tokens": 1, "num_samples": 0, "sample_tokens": 1,
 }  # fmt: skip
 
 
@@ -94,6 +95,15 @@ class RunConfig(Config):
     save_interval: int | None = None
     # Newest checkpoints to keep; null keeps all.
     keep_checkpoints: int | None = 2
+    # Steps from one look at validation documents to the next, `eval_tokens` of them at most; null looks never.
+    eval_interval: int | None = None
+    eval_tokens: int = 20_000
+    # What the model continues at the same steps: these texts, or the beginnings of so many validation documents.
+    sample_prompts: tuple[str, ...] = ()
+    num_samples: int = 0
+    sample_tokens: int = 64
+    # Also write event files for TensorBoard (pip install deepen[tensorboard]).
+    tensorboard: bool = False
 
     def validate(self) -> list[str]:
         """One message for each value that no run can have."""
@@ -131,6 +141,8 @@ class RunConfig(Config):
             for name in ("warmup_steps", "decay_steps"):
                 if getattr(self, name) > self.num_steps:
                     problems.append(f"{name} must be at most num_steps, {self.num_steps}, not {getattr(self, name)}")
+        if self.eval_interval is None and (self.sample_prompts or self.num_samples):
+            problems.append("samples are drawn every eval_interval steps, which is not given")
         return problems
 
     def learning_rates(self, num_steps: int) -> Schedule:

@@ -3,17 +3,18 @@
 import json
 import math
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from deepen.checkpoint import write_adapter
+from deepen.checkpoint import own_tensors, write_adapter, write_whole_model
 from deepen.core.errors import CheckpointError, ConfigError, DeepenError
-from deepen.core.files import read_json, write_atomically, write_json
+from deepen.core.files import read_json, write_json
 from deepen.core.types import Progress, Work
 from deepen.data.formats import document_of
 from deepen.data.loader import Loader
@@ -23,13 +24,18 @@ from deepen.data.tokens import TokenCorpus
 from deepen.metrics.ledger import RunLedger, count_parameters
 from deepen.train.average import Average
 from deepen.train.config import RunConfig
+from deepen.train.guard import Diverged, DivergenceGuard, GuardConfig
 from deepen.train.module import StepModule, whole
 from deepen.train.optim import freeze_base, make_optimizers
 from deepen.train.precision import autocast_dtype
+from deepen.train.progress import Display, display
 from deepen.train.ranks import Ranks, joined_ranks
+from deepen.train.record import Record
 from deepen.train.resume import TrainingState, checkpoints_in, load_carry, load_tensors, read_facts, save_checkpoint
+from deepen.train.samples import Samples, prompts_of_documents, prompts_of_texts
 from deepen.train.step import NotFinite, StepReport, Steps
 from deepen.train.trainee import Trainee, open_trainee
+from deepen.train.validation import Validation
 
 LEDGER = "ledger.json"
 """Beside a saved model: its parameters, and what the run that made it has cost."""
@@ -39,14 +45,9 @@ _NUM_STEPS_SURVEYED = 16
 
 # What a run that goes on may be told differently: where it writes and how often, and how its steps are divided.
 _FREE = {
-    "output_dir",
-    "log_interval",
-    "save_interval",
-    "keep_checkpoints",
-    "branch_from",
-    "parallel",
-    "num_micro_batches",
-}
+    "output_dir", "log_interval", "save_interval", "eval_interval", "keep_checkpoints", "branch_from", "parallel",
+    "num_micro_batches", "tensorboard", "eval_tokens", "sample_prompts", "num_samples", "sample_tokens",
+}  # fmt: skip
 # What a branch may do differently from the run it leaves.
 _FREE_TO_BRANCH = _FREE | {
     "num_steps", "num_tokens", "flops", "schedule", "warmup_steps", "decay_steps", "divergence_factor", "learning_rate",
@@ -95,6 +96,7 @@ class _Run:
         average = Average(parameters, decay=decay) if decay is not None else None
         self.state = TrainingState(self.module, self.optimizers, average)
         self.ledger = RunLedger()
+        self.record: Record | None = None
         device = self.trainee.backbone.device
         self.steps = Steps(
             self.module,
@@ -109,7 +111,9 @@ class _Run:
             device=device,
             ranks=ranks,
         )
-        self.log = _Log(self.folder / "train.jsonl", config, self.num_steps, self.show)
+        factor = config.divergence_factor
+        self.guard = DivergenceGuard(GuardConfig(factor=factor)) if factor is not None else None
+        self.watch = _Watch(config, self.trainee, self.show) if config.eval_interval is not None else None
         self.last: StepReport | None = None
 
     def finish(self) -> Path:
@@ -118,31 +122,76 @@ class _Run:
         if first == self.num_steps:
             self.show(f"the run is finished: {self._step_folder(first)}")
             return self._step_folder(first)
-        if self.ranks.is_first:
-            self.log.begin_after(first)
         try:
-            for index in range(first, self.num_steps):
-                self._take(index)
+            with display(self.num_steps, done=first, show=self.show) as shown:
+                for index in range(first, self.num_steps):
+                    self._take(index, shown)
         except NotFinite as stopped:
             if self.last is None:
                 raise
             folder = self._save(self.last)
             raise NotFinite(f"{stopped}; the state after step {self.last.step} is in {folder}") from stopped
+        except Diverged as stopped:
+            kept = checkpoints_in(self.folder)
+            where = f"the last checkpoint before it is {kept[0]}" if kept else "no checkpoint was made before it"
+            raise Diverged(f"{stopped}; {where}") from stopped
+        finally:
+            if self.record is not None:
+                self.record.close()
         return self._step_folder(self.num_steps)
 
-    def _take(self, index: int) -> None:
+    def _take(self, index: int, shown: Display) -> None:
         report = self.steps.take(index)
         self.last = report
+        if self.guard is not None:
+            self.guard.take(report.total, step=report.step)
         if self.state.average is not None:
             self.state.average.update()
         self.ledger.trained(report.work, num_tokens=report.num_tokens)
-        if self.ranks.is_first:
-            if not (self.folder / "run.json").exists():  # a run that can't make a step leaves nothing behind
+        record = self._record(index) if self.ranks.is_first else None
+        if record is not None:
+            record.pace.count(report.num_tokens)
+            shown.step(report.step)
+        evaluated: dict[str, float | None] = {}
+        if self._is_due(report.step, self.config.eval_interval):
+            with record.pace.aside() if record is not None else nullcontext():
+                evaluated = self._evaluate(report.step, record)
+        if record is not None and self._is_logged(report.step):
+            record.write(report, self.ledger.training, shown, evaluated=evaluated)
+        if self._is_due(report.step, self.config.save_interval) or report.step == self.num_steps:
+            with record.pace.aside() if record is not None else nullcontext():
+                self._save(report)
+
+    def _is_due(self, step: int, interval: int | None) -> bool:
+        return interval is not None and (step % interval == 0 or step == self.num_steps)
+
+    def _is_logged(self, step: int) -> bool:
+        config = self.config
+        intervals = (config.log_interval, config.eval_interval, config.save_interval)
+        return step == 1 or any(self._is_due(step, interval) for interval in intervals)
+
+    def _record(self, first: int) -> Record:
+        """Opened by the first step that is made: a run that can't make one leaves nothing behind."""
+        if self.record is None:
+            if not (self.folder / "run.json").exists():
                 self.config.save(self.folder / "run.json")
-            self.log.take(report, self.ledger.training)
-        is_due = self.config.save_interval is not None and report.step % self.config.save_interval == 0
-        if is_due or report.step == self.num_steps:
-            self._save(report)
+            device = self.trainee.backbone.device
+            self.record = Record(self.folder, tensorboard=self.config.tensorboard, resume_after=first, device=device)
+        return self.record
+
+    def _evaluate(self, step: int, record: Record | None) -> dict[str, float | None]:
+        """Every rank does the same, so that none waits long for another; the first one writes it down."""
+        assert self.watch is not None, "an interval has what it is for"
+        average = self.state.average
+        with average.in_place() if average is not None else nullcontext():
+            figures = self.watch.validation.measure(Progress(step, self.num_steps))
+            samples = self.watch.samples.draw() if self.watch.samples is not None else ()
+        if self.watch.samples is not None:
+            figures |= self.watch.samples.figures(samples)
+        if record is not None:
+            record.write_samples(samples, step=step)
+            record.write_parameters(self.module.trained_parameters(), step=step)
+        return figures
 
     # Before the first step
 
@@ -154,6 +203,8 @@ class _Run:
         if self.config.parallel == "shard":
             if not self.ranks.are_many:
                 raise ConfigError("parallel is shard, which needs several processes: start it with torchrun")
+            if self.config.eval_interval is not None:
+                raise ConfigError("eval_interval has no use with parallel shard: evaluate the checkpoints instead")
             self.module.shard()
 
     def _planned_steps(self) -> int:
@@ -179,7 +230,7 @@ class _Run:
         folder = self._step_folder(report.step)
         if self.ranks.from_first(folder.exists()):
             return folder
-        tensors = {name: whole(tensor).detach().cpu() for name, tensor in self._saved_model().items()}
+        tensors = self._saved_model()
         facts = {
             "step": report.step,
             "num_steps": self.num_steps,
@@ -190,12 +241,19 @@ class _Run:
             "tokenizer": self.trainee.identity.tokenizer,
             "data": self.loader.facts(),
             "ledger": _ledger_facts(self.ledger),
+            "guard": self.guard.state() if self.guard is not None else None,
         }
 
         def write_model(begun: Path) -> None:
             trainee = self.trainee
-            write_adapter(begun, method=trainee.method, model=trainee.model, identity=trainee.identity, tensors=tensors)
-            write_json(begun / "metrics.json", {"step": report.step, **tagged(report)})
+            if trainee.model.saved_state():
+                write_adapter(
+                    begun, method=trainee.method, model=trainee.model, identity=trainee.identity, tensors=tensors
+                )
+            else:
+                write_whole_model(begun, backbone=trainee.backbone, tokenizer=trainee.tokenizer, tensors=tensors)
+            assert self.record is not None, "a step was made"
+            self.record.save_last(begun)
             parameters = count_parameters(trainee.backbone.model, trainee.model)
             figures = {f"parameters_{name}": count for name, count in vars(parameters).items()}
             write_json(begun / LEDGER, {**figures, **self.ledger.training_figures()})
@@ -207,12 +265,15 @@ class _Run:
             self._rotate()
         return folder
 
-    def _saved_model(self) -> Mapping[str, torch.Tensor]:
-        """What the method saves: with averages for parameters, where there are some."""
-        if self.state.average is None:
-            return dict(self.trainee.model.saved_state())
-        with self.state.average.in_place():
-            return {name: tensor.detach().clone() for name, tensor in self.trainee.model.saved_state().items()}
+    def _saved_model(self) -> dict[str, Tensor]:
+        """What is saved, on the CPU, with averages for parameters where there are some.
+
+        That is what the method adds to a base; or, where it adds nothing and trains the base, the base itself.
+        """
+        average = self.state.average
+        with average.in_place() if average is not None else nullcontext():
+            tensors = dict(self.trainee.model.saved_state()) or own_tensors(self.trainee.backbone.model)
+            return {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def _rotate(self) -> None:
         keep = self.config.keep_checkpoints
@@ -253,6 +314,8 @@ class _Run:
         self.steps.carry = load_carry(folder, facts, device=self.trainee.backbone.device, ranks=self.ranks)
         self.steps.has_begun = True
         self.ledger = _ledger_from(facts["ledger"])
+        if self.guard is not None and facts["guard"] is not None:
+            self.guard.load_state(facts["guard"])
         step = int(facts["step"])
         if step > self.num_steps:
             raise CheckpointError(f"{folder} is at step {step}, and the run ends at {self.num_steps}")
@@ -272,6 +335,25 @@ class _Run:
             name = different[0]
             was, is_now = (each.get(name, own.get(name)) for each in ({**facts, **facts["run"]}, {**now, **own}))
             raise CheckpointError(f"{folder} is of another run: {name} was {was} and is {is_now}")
+
+
+class _Watch:
+    """What is measured and drawn while a run goes on."""
+
+    def __init__(self, config: RunConfig, trainee: Trainee, show: Callable[[str], None]) -> None:
+        tokenizer: Any = trainee.tokenizer
+        self.validation = Validation(
+            trainee.model, tokenizer, config.data, max_length=config.max_length, max_tokens=config.eval_tokens, say=show
+        )
+        prompts = prompts_of_texts(config.sample_prompts, tokenizer, chat=tokenizer.chat_template is not None)
+        if not prompts:
+            prompts = prompts_of_documents(config.data, tokenizer, count=config.num_samples)
+        self.samples = None
+        if prompts:
+            eos_ids = trainee.backbone.eos_ids or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+            self.samples = Samples(
+                trainee.model, tokenizer, prompts, max_new_tokens=config.sample_tokens, eos_ids=eos_ids
+            )
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
@@ -318,56 +400,3 @@ def _ledger_from(facts: Mapping[str, Any]) -> RunLedger:
     return RunLedger(
         num_steps=facts["num_steps"], num_trained_tokens=facts["num_trained_tokens"], training=Work(**facts["work"])
     )
-
-
-class _Log:
-    """Writes figures as JSON lines, tags as TensorBoard has them, and shows the most important ones."""
-
-    def __init__(self, path: Path, config: RunConfig, num_steps: int, show: Callable[[str], None]) -> None:
-        self._path, self._interval, self._num_steps, self._show = path, config.log_interval, num_steps, show
-        self._num_tokens, self._since = 0, time.perf_counter()
-
-    def begin_after(self, step: int) -> None:
-        """Drop the lines of later steps, which will be made again, and one that was torn."""
-        self._since = time.perf_counter()
-        if not self._path.is_file():
-            return
-        kept = [line for line in self._path.read_text(encoding="utf-8").split("\n") if _is_up_to(line, step)]
-        with write_atomically(self._path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def take(self, report: StepReport, work: Work) -> None:
-        """Write a step's figures if it is its turn; `work` is that of all steps so far."""
-        self._num_tokens += report.num_tokens
-        if report.step not in (1, self._num_steps) and report.step % self._interval:
-            return
-        figures = tagged(report)
-        seconds = time.perf_counter() - self._since
-        figures["train/performance/tokens_per_sec"] = self._num_tokens / seconds
-        # Of all steps so far, whatever was logged: what a loss is plotted against.
-        figures["train/performance/flops"] = work.flops
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": report.step, **figures}, allow_nan=False) + "\n")
-        self._show(
-            f"step {report.step}/{self._num_steps}  loss {report.total:.4f}  {self._num_tokens / seconds:,.0f} tokens/s"
-        )
-        self._num_tokens, self._since = 0, time.perf_counter()
-
-
-def _is_up_to(line: str, step: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except json.JSONDecodeError:
-        return False
-
-
-def tagged(report: StepReport) -> dict[str, float | None]:
-    """A step's figures by tag; a metric of the method's that is not finite becomes null, as JSON has no other."""
-    metrics = {f"train/{name}": value if math.isfinite(value) else None for name, value in report.metrics.items()}
-    return {
-        "train/loss/total": report.total,
-        **{f"train/loss/{name}": loss for name, loss in report.losses.items()},
-        "train/learning_rate": report.learning_rate,
-        "train/gradient_norm": report.gradient_norm,
-        **metrics,
-    }

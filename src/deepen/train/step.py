@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepen.core.errors import DeepenError
+from deepen.core.method import adapted
 from deepen.core.seeds import seed_at
 from deepen.core.types import Batch, LossTerm, Progress, StepOutput, Unit, Work
 from deepen.train.module import StepModule, whole
@@ -112,14 +113,15 @@ class Steps:
         batch = part.to(self._device)
         if not self.has_begun:
             self.carry, self.has_begun = self._model.begin(batch), True
-        with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            output: StepOutput = self._module(batch, self.carry, progress)
+        with adapted(self._model):  # also for the backward, which may run parts of the forward again
+            with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
+                output: StepOutput = self._module(batch, self.carry, progress)
+            terms = [term.weight * _mean(name, term, counts) for name, term in output.losses.items()]
+            total = torch.stack(terms).sum()
+            if not total.requires_grad:
+                raise DeepenError("no loss depends on a trainable parameter; does the method's config switch it off?")
+            total.backward()
         self.carry = output.carry
-        terms = [term.weight * _mean(name, term, counts) for name, term in output.losses.items()]
-        total = torch.stack(terms).sum()
-        if not total.requires_grad:
-            raise DeepenError("no loss depends on a trainable parameter; does the method's config switch it off?")
-        total.backward()
         return output
 
     def _move(self, where: str) -> float:

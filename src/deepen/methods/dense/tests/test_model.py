@@ -27,7 +27,9 @@ from deepen.generate.stop import StopConfig
 from deepen.methods.dense import METHOD
 from deepen.methods.dense.config import DenseConfig
 from deepen.methods.dense.model import DenseModel
-from deepen.train.loop import make_optimizer, steps
+from deepen.train.module import StepModule
+from deepen.train.optim import make_optimizers
+from deepen.train.step import Steps
 
 # peft takes down_proj in a mixture of Qwen's experts for their stacked weights.
 BASES = {
@@ -136,11 +138,14 @@ class TestGroups:
     def test_steps_lower_the_loss(self, settings):
         model = dense(learning_rate=5e-3, **settings)
         before = fingerprint(model.base)
-        optimizer = make_optimizer(model, model.base, learning_rate=None)
-        assert optimizer.defaults["betas"] != (0.9, 0.95) == optimizer.param_groups[0]["betas"]
+        optimizers = make_optimizers(model, model.base)
+        assert optimizers.groups[0]["betas"] == (0.9, 0.95)
         batch = batch_of(rows(40, 40))
-        made = list(steps(model.train(), optimizer, iter([batch] * 12), num_steps=12, grad_clip=1.0))  # type: ignore[arg-type]
-        assert float(made[-1].total) < 0.8 * float(made[0].total)
+        steps = Steps(
+            StepModule(model.train(), model.base), optimizers, lambda index: batch, num_steps=12, grad_clip=1.0
+        )
+        made = [steps.take(index) for index in range(12)]
+        assert made[-1].total < 0.8 * made[0].total
         assert (fingerprint(model.base) == before) == bool(settings)
 
 

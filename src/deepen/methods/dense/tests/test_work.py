@@ -16,7 +16,7 @@ from deepen.data.batches import batch_of
 from deepen.methods.dense.config import DenseConfig
 from deepen.methods.dense.model import DenseModel
 from deepen.nn import kda
-from deepen.train.loop import freeze_base
+from deepen.train.optim import freeze_base
 
 NUM_POSITIONS = 14
 LORA_TARGETS = [
