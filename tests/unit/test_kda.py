@@ -376,6 +376,17 @@ def test_kernels_get_what_they_take(monkeypatch: pytest.MonkeyPatch, per_head: b
     assert torch.equal(actual.record.state_after(torch.zeros(3, dtype=torch.long), drawn.initial), drawn.initial)
 
 
+def test_kernels_get_no_decay_that_they_can_not_subtract(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw_pass(20, 1e4)
+    drawn.log_decay[:, 7] = -math.inf
+    expected = drawn.run()
+    FakeKernels(monkeypatch)
+    monkeypatch.setattr(kda_kernels, "serves", lambda query: True)
+    actual = drawn.run()
+    assert_near(actual.out, expected.out, 1e-6, "out")
+    assert_near(actual.state, expected.state, 1e-6, "state")
+
+
 def test_the_recurrent_kernel_runs_short_passes_that_want_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeKernels(monkeypatch)
     monkeypatch.setattr(kda_kernels, "serves", lambda query: True)

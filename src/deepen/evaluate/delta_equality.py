@@ -120,7 +120,8 @@ def fill_with_noise(model: RecursiveModel, *, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for tensor in model.saved_state().values():
         if tensor.is_floating_point():
-            tensor.normal_(std=NOISE_STD, generator=generator)
+            # Drawn on the CPU: the same on every device.
+            tensor.copy_(torch.empty_like(tensor, device="cpu").normal_(std=NOISE_STD, generator=generator))
 
 
 def tally_cases(

@@ -1,7 +1,7 @@
 """The delta rule on CUDA by the kernels of flash-linear-attention (`fla`), if it is installed.
 
 They answer and give the last state, but keep no updates, so that a state after fewer tokens is had by running again.
-This project's tests have no GPU: they check what is handed to these kernels, not what comes back.
+Where there is no GPU, tests check what is handed to these kernels; tests/cuda checks what comes back.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,9 @@ from torch import Tensor
 _MAX_KEY_WIDTH = 256
 # Up to so many tokens the kernel that runs them one by one is the faster one; it has no backward.
 _RECURRENT_WIDTH = 16
+# The chunked kernel takes differences of decays summed over a block, where -inf becomes NaN and a large number swallows
+# small ones. Of what a token fades by so much there is nothing left in float32.
+_LEAST_LOG_DECAY = -30.0
 
 
 def serves(query: Float[Tensor, "B T N K"]) -> bool:
@@ -83,6 +86,7 @@ def run(
             torch.where(real[:, :, None, None], x, 0.0) for x in (query, key, value, log_decay)
         )
         beta = torch.where(real[:, :, None], beta, 0.0)
+    log_decay = log_decay.clamp(min=_LEAST_LOG_DECAY)
     # Copies where these are slices of wider tensors, which would be kept for them.
     query, key, value, log_decay, beta = (x.contiguous() for x in (query, key, value, log_decay, beta))
     inputs = (query, key, value, log_decay, beta)
