@@ -444,7 +444,7 @@ class TestCommand:
         assert resolved == replace(run_config, num_steps=1, learning_rate=0.5)
         printed = capsys.readouterr().out
         assert json.loads(printed[: printed.index("step 1/1")]) == resolved.to_dict()
-        assert printed.rstrip().endswith(f"trained adapter: {Path(run_config.output_dir) / 'step_1'}")
+        assert printed.rstrip().endswith(f"trained model: {Path(run_config.output_dir) / 'step_1'}")
 
     @pytest.mark.parametrize(
         ("content", "message"),

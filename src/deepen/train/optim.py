@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepen.core.errors import DeepenError
+from deepen.core.errors import CannotTrain, DeepenError
 from deepen.train.muon import is_for_muon, make_muon
 
 OptimizerName = Literal["adamw", "muon"]
@@ -136,4 +136,4 @@ def _check_groups(groups: list[dict[str, Any]], model: nn.Module, base: nn.Modul
         if parameter.requires_grad and parameter not in owner and parameter not in of_base:
             raise DeepenError(f"{name} is trainable but in no group of optim_groups(); add or freeze it")
     if not owner:
-        raise DeepenError("there is nothing to train: the model's optim_groups() hold no parameter")
+        raise CannotTrain("there is nothing to train: the model's optim_groups() hold no parameter")

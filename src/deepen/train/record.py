@@ -17,15 +17,14 @@ from deepen.train.step import StepReport
 class Record:
     """Of a run in `folder` that goes on after `resume_after` steps: what was written of later ones is made again."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resume_after: int, device: torch.device) -> None:
+    def __init__(self, folder: Path, *, pace: Pace, tensorboard: bool, resume_after: int, device: torch.device) -> None:
         self._tracker = MetricsTracker(folder, use_tensorboard=tensorboard, resume_after=resume_after)
         self._samples = SampleBook(folder, tensorboard=self._tracker.tensorboard, resume_after=resume_after)
-        self._device = device
-        self.pace = Pace()
+        self._pace, self._device = pace, device
 
     def write(self, report: StepReport, work: Work, display: Display, *, evaluated: Mapping[str, float | None]) -> None:
         """A step's figures and those of the interval that ends with it; `work` is that of all steps so far."""
-        of_interval = self.pace.figures(self._device)
+        of_interval = self._pace.figures(self._device)
         figures = {
             **tagged(report),
             **of_interval,

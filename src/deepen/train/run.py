@@ -28,7 +28,7 @@ from deepen.train.guard import Diverged, DivergenceGuard, GuardConfig
 from deepen.train.module import StepModule, whole
 from deepen.train.optim import freeze_base, make_optimizers
 from deepen.train.precision import autocast_dtype
-from deepen.train.progress import Display, display
+from deepen.train.progress import Display, Pace, display
 from deepen.train.ranks import Ranks, joined_ranks
 from deepen.train.record import Record
 from deepen.train.resume import TrainingState, checkpoints_in, load_carry, load_tensors, read_facts, save_checkpoint
@@ -115,6 +115,7 @@ class _Run:
         self.guard = DivergenceGuard(GuardConfig(factor=factor)) if factor is not None else None
         self.watch = _Watch(config, self.trainee, self.show) if config.eval_interval is not None else None
         self.last: StepReport | None = None
+        self.pace = Pace()
 
     def finish(self) -> Path:
         """Make the steps that are left, and save the last state."""
@@ -122,6 +123,7 @@ class _Run:
         if first == self.num_steps:
             self.show(f"the run is finished: {self._step_folder(first)}")
             return self._step_folder(first)
+        self.pace = Pace()  # what came before was no step's time
         try:
             with display(self.num_steps, done=first, show=self.show) as shown:
                 for index in range(first, self.num_steps):
@@ -148,18 +150,18 @@ class _Run:
         if self.state.average is not None:
             self.state.average.update()
         self.ledger.trained(report.work, num_tokens=report.num_tokens)
+        self.pace.count(report.num_tokens)
         record = self._record(index) if self.ranks.is_first else None
         if record is not None:
-            record.pace.count(report.num_tokens)
             shown.step(report.step)
         evaluated: dict[str, float | None] = {}
         if self._is_due(report.step, self.config.eval_interval):
-            with record.pace.aside() if record is not None else nullcontext():
+            with self.pace.aside():
                 evaluated = self._evaluate(report.step, record)
         if record is not None and self._is_logged(report.step):
             record.write(report, self.ledger.training, shown, evaluated=evaluated)
         if self._is_due(report.step, self.config.save_interval) or report.step == self.num_steps:
-            with record.pace.aside() if record is not None else nullcontext():
+            with self.pace.aside():
                 self._save(report)
 
     def _is_due(self, step: int, interval: int | None) -> bool:
@@ -176,7 +178,9 @@ class _Run:
             if not (self.folder / "run.json").exists():
                 self.config.save(self.folder / "run.json")
             device = self.trainee.backbone.device
-            self.record = Record(self.folder, tensorboard=self.config.tensorboard, resume_after=first, device=device)
+            self.record = Record(
+                self.folder, pace=self.pace, tensorboard=self.config.tensorboard, resume_after=first, device=device
+            )
         return self.record
 
     def _evaluate(self, step: int, record: Record | None) -> dict[str, float | None]:
