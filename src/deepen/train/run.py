@@ -209,6 +209,8 @@ class _Run:
                 raise ConfigError("parallel is shard, which needs several processes: start it with torchrun")
             if self.config.eval_interval is not None:
                 raise ConfigError("eval_interval has no use with parallel shard: evaluate the checkpoints instead")
+            if self.config.optimizer == "muon":
+                raise ConfigError("optimizer muon works on whole matrices; with parallel shard use adamw")
             self.module.shard()
 
     def _planned_steps(self) -> int:
