@@ -318,7 +318,7 @@ class _Rollbacks:
         self._pass(cache, self._prefixes, whole=True)
         cache.commit(self._prefixes)
         before = cache.snapshot()
-        for count in _counts(self._widths[0]):
+        for count in range(self._widths[0] + 1):
             counts = [count, *(max(0, width - count) for width in self._widths[1:])]
             self._pass(cache, self._widths)
             cache.commit(counts)
@@ -439,10 +439,3 @@ def _unknown(odd: Part) -> str:
             "place behind those that stay"
         )
     return f"{odd} is that after no beginning of the text: what a pass records to make it from is wrong or incomplete"
-
-
-def _counts(width: int) -> list[int]:
-    """Every count of tokens that can be kept of a pass; of wide ones those at its ends, in its middle and by 64."""
-    if width <= 8:
-        return list(range(width + 1))
-    return sorted({0, 1, 2, width // 2, width - 1, width} | {count for count in (63, 64) if count < width})
