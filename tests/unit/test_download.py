@@ -1,9 +1,11 @@
 import dataclasses
 import os
 import stat
+import subprocess
 import sys
 import zipfile
 from collections import namedtuple
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from package_index import add_sdist, add_wheel, sha256_of, use_index
 from deepen.core.errors import DeepenError, DownloadError
 from deepen.data import download
 from deepen.data.download import Pin, cache_folder, cached_path, fetch_wheel, require_space
+
+SOURCES = str(Path(download.__file__).parents[2])
 
 
 @pytest.fixture
@@ -71,6 +75,21 @@ class TestFetch:
         told = capfd.readouterr()
         assert told.out == ""
         assert "some-texts 1.2 (0.1 MB)" in told.err and str(path.parent) in told.err and "index" in told.err
+
+    def test_torch_can_compile_in_the_same_process_before_and_after(self, pin, index):
+        """Setuptools takes a look for pip's module as a sign that pip runs, and keeps out of its way from then on."""
+        other = add_wheel(index, "more-texts", "1.2", {"more_texts/a.txt": b"or not"})
+        script = "\n".join(
+            [
+                "import warnings",
+                "warnings.simplefilter('error')",
+                "from deepen.data.download import Pin, fetch_wheel",
+                f"fetch_wheel({pin!r})",
+                "import torch.utils.cpp_extension",
+                f"fetch_wheel({other!r})",
+            ]
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": SOURCES})
 
     def test_a_second_time_needs_no_pip_and_says_nothing(self, pin, monkeypatch, capfd):
         fetch_wheel(pin)
@@ -152,7 +171,10 @@ class TestFailures:
         assert not trace.exists()
 
     def test_a_python_without_pip(self, pin, monkeypatch):
-        monkeypatch.setattr(download, "find_spec", lambda name: None)
+        def not_found(name: str) -> None:
+            raise PackageNotFoundError(name)
+
+        monkeypatch.setattr(download, "distribution", not_found)
         with pytest.raises(DownloadError, match="this Python has no pip"):
             fetch_wheel(pin)
 

