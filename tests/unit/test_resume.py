@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +146,12 @@ class TestGoingOn:
 
 
 class TestBranch:
+    def test_there_must_be_steps_left(self, run_config, tmp_path):
+        train(run_config, show=silent)
+        branch = replace(run_config, branch_from=str(Path(run_config.output_dir) / "step_8"))
+        with pytest.raises(CheckpointError, match="is at step 8, and the run ends at 8; give more steps"):
+            train(replace(branch, output_dir=str(tmp_path / "branch")), show=silent)
+
     def test_a_plateau_is_cooled_down_as_a_run_with_that_end_would_have_been(self, run_config, tmp_path):
         """The stable part of a trapezoid doesn't know its end, so a branch equals the whole shorter run."""
         stable = replace(run_config, schedule="trapezoid", decay_steps=0, num_steps=8)
@@ -205,13 +210,24 @@ class TestRefusal:
         damage(Path(run_config.output_dir) / "step_6", how)
         with pytest.warns(UserWarning, match=REASONS[how]):
             train(run_config, show=silent)
-        shutil.rmtree(whole_run / "step_6")  # the damaged one stands for it
+        for step in (6, 8):
+            assert_equal_runs(run_config.output_dir, whole_run, num_steps=step)
+        left = sorted(path.name for path in Path(run_config.output_dir).glob("step_*"))
+        assert left == ["step_2", "step_4", "step_6", "step_6.refused", "step_8"]
+
+    def test_a_good_one_is_never_rotated_away_for_bad_ones(self, run_config, whole_run, monkeypatch):
+        cut_off(run_config, after=7, monkeypatch=monkeypatch)
+        for step in (4, 6):
+            damage(Path(run_config.output_dir) / f"step_{step}", "one bit")
+        with pytest.warns(UserWarning, match="is torn"):
+            train(replace(run_config, keep_checkpoints=1), show=silent)
+        assert [folder.name for folder in checkpoints_in(Path(run_config.output_dir))] == ["step_8"]
         assert_equal_runs(run_config.output_dir, whole_run, num_steps=8)
 
     def test_without_a_good_one_nothing_begins_anew(self, run_config, monkeypatch):
         cut_off(run_config, after=2, monkeypatch=monkeypatch)
         damage(Path(run_config.output_dir) / "step_2", "one bit")
-        with pytest.warns(UserWarning, match="is torn"), pytest.raises(CheckpointError, match="choose another output"):
+        with pytest.warns(UserWarning, match="is torn"), pytest.raises(CheckpointError, match="choose another"):
             train(run_config, show=silent)
         assert len(figures(run_config.output_dir)) == 2
 

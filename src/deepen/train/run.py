@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -295,22 +295,34 @@ class _Run:
             for left in self.folder.glob(".step_*"):  # by a kill while it was written or removed
                 shutil.rmtree(left)
         self.ranks.wait()
-        own = checkpoints_in(self.folder) if self.folder.is_dir() else []
-        refused = []
-        for folder in own:
+        refused: dict[Path, CheckpointError] = {}
+        for folder in checkpoints_in(self.folder) if self.folder.is_dir() else ():
             try:
-                return self._load(folder, free=_FREE)
+                step = self._load(folder, free=_FREE)
             except CheckpointError as cause:
-                refused.append(str(cause))
+                refused[folder] = cause
                 warnings.warn(f"{cause}; going back to the checkpoint before it", stacklevel=2)
+            else:
+                self._set_aside(refused)
+                return step
         if refused:
+            reason = next(iter(refused.values()))
             raise CheckpointError(
-                f"no checkpoint in {self.folder} can be gone on from ({refused[0]}); choose another output_dir to "
-                "begin anew"
+                f"no checkpoint in {self.folder} can be gone on from ({reason}); choose another output_dir"
             )
         if self.config.branch_from is not None:
             return self._load(Path(self.config.branch_from).expanduser(), free=_FREE_TO_BRANCH)
         return 0
+
+    def _set_aside(self, refused: Iterable[Path]) -> None:
+        """Under other names: the run comes by their steps again, and they must not be taken for newer ones."""
+        self.ranks.wait()
+        for folder in refused if self.ranks.is_first else ():
+            aside = folder.with_name(f"{folder.name}.refused")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+        self.ranks.wait()
 
     def _load(self, folder: Path, *, free: set[str]) -> int:
         facts = read_facts(folder)
@@ -323,8 +335,8 @@ class _Run:
         if self.guard is not None and facts["guard"] is not None:
             self.guard.load_state(facts["guard"])
         step = int(facts["step"])
-        if step > self.num_steps:
-            raise CheckpointError(f"{folder} is at step {step}, and the run ends at {self.num_steps}")
+        if step > self.num_steps or (step == self.num_steps and folder.parent != self.folder):
+            raise CheckpointError(f"{folder} is at step {step}, and the run ends at {self.num_steps}; give more steps")
         return step
 
     def _require_same(self, folder: Path, facts: Mapping[str, Any], free: set[str]) -> None:
