@@ -1,5 +1,6 @@
-"""A model hub on this machine, as far as downloads need one, so that tests run the real client without a network."""
+"""A model hub on this machine, as far as tests need one that run the real client without a network."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -21,13 +22,17 @@ _COMMIT = "0" * 39 + "1"
 class Hub:
     """Where it listens; what it was asked for; and repositories by name, each a folder or an HTTP status to fail with.
 
-    `broken` are names of files that it lists but does not give.
+    `broken` are names of files that it lists but does not give. `pushed` are files that were uploaded, by repository;
+    `private` are repositories that were made so; `refusal` is an HTTP status to fail uploads with.
     """
 
     url: str
     repositories: Mapping[str, Path | int]
     broken: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
+    pushed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    refusal: int | None = None
 
 
 @contextmanager
@@ -63,6 +68,40 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(with_body=True)
 
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub = self.server.hub
+        hub.requests.append(path)
+        status, content = (hub.refusal, {}) if hub.refusal else self._take(path.strip("/").split("/"), body)
+        answer = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def _take(self, parts: list[str], body: bytes) -> tuple[int, dict[str, Any]]:
+        """Makes a repository, or takes files into it, all of them as they are."""
+        hub = self.server.hub
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            repository = f"{asked['organization']}/{asked['name']}"
+            if asked["visibility"] == "private":
+                hub.private.add(repository)
+            is_new = repository not in hub.pushed
+            hub.pushed.setdefault(repository, {})
+            return 200 if is_new else 409, {"url": f"{hub.url}/{repository}"}
+        repository, verb = "/".join(parts[2:4]), parts[4]
+        if verb == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            return 200, {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]}
+        assert verb == "commit", f"this hub knows no {verb}"
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                hub.pushed[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return 200, {"commitUrl": f"{hub.url}/{repository}/commit/{_COMMIT}", "commitOid": _COMMIT}
+
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -79,15 +118,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _reply(self, parts: list[str]) -> tuple[int, dict[str, str], bytes]:
         api = parts[:2] == ["api", "models"]
-        owner, name, verb, _, *rest = parts[2:] if api else parts
+        owner, name, *rest = parts[2:] if api else parts
         repository = self.server.hub.repositories.get(f"{owner}/{name}", 404)
         if isinstance(repository, int):
             code = {404: "RepoNotFound", 403: "GatedRepo"}.get(repository)
             return repository, {"X-Error-Code": code} if code else {}, b""
         if api:
-            content = _listing(repository) if verb == "tree" else {"id": f"{owner}/{name}", "sha": _COMMIT}
+            content = _listing(repository) if rest[:1] == ["tree"] else {"id": f"{owner}/{name}", "sha": _COMMIT}
             return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
-        file = repository.joinpath(*rest)
+        file = repository.joinpath(*rest[2:])
         if file.name in self.server.hub.broken:
             return 410, {}, b""  # not a status that the client tries again
         etag = hashlib.sha1(file.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The five formats of records, and their ids."""
+"""The formats of records, and their ids; token ids as a format are in test_distill.py."""
 
 import pytest
 

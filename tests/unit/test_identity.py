@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepen.backbones import identity, tiny
-from deepen.backbones.identity import BaseIdentity, fingerprint, tokenizer_fingerprint
+from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.data.tokenizer import byte_tokenizer
+from deepen.data.vocabulary import tokenizer_fingerprint
 
 
 class Module(nn.Module):

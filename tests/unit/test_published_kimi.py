@@ -15,12 +15,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from deepen.backbones.costs import pass_flops
 from deepen.backbones.hf import Backbone
-from deepen.backbones.identity import fingerprint, tokenizer_fingerprint
+from deepen.backbones.identity import fingerprint
 from deepen.backbones.kimi_tokenizer import is_published_format
 from deepen.backbones.resolve import Loaded, load
 from deepen.backbones.shapes import KIMI_LINEAR_48B, build_shape, read_config
 from deepen.cli.budget import budget
 from deepen.core.errors import CheckpointError
+from deepen.data.vocabulary import tokenizer_fingerprint
 from deepen.methods.chunk.config import get_after_surgery_config
 from deepen.methods.chunk.model import ChunkRefineWrapper
 

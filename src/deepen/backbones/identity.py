@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 _VALUES_PER_CHUNK = 1 << 22
 
@@ -35,12 +34,6 @@ def fingerprint(model: nn.Module) -> str:
         named = zip(tensors.items(), digests, strict=True)
         table = [[name, list(tensor.shape), digest] for (name, tensor), digest in named]
     return hashlib.sha256(json.dumps(table).encode()).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The sha256, in hex, of the vocabulary: equal for tokenizers whose ids mean the same pieces."""
-    pieces = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
 
 
 def _named_once(state: dict[str, Tensor]) -> dict[str, Tensor]:

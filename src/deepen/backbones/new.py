@@ -20,7 +20,7 @@ from deepen.backbones.quiet import no_deprecations
 from deepen.core.errors import ConfigError
 from deepen.core.files import read_json
 from deepen.core.hints import did_you_mean
-from deepen.data.formats import Text, document_of
+from deepen.data.formats import Text, Tokens, document_of
 from deepen.data.split import records_of
 from deepen.data.tokenizer import byte_tokenizer, train_bpe
 
@@ -118,6 +118,8 @@ def _training_texts(corpus: str) -> Iterator[str]:
     for record in records_of(corpus, "train"):
         document = document_of(record)
         count += 1
+        if isinstance(document, Tokens):
+            raise ConfigError(f"{document.place}: token ids are no text to make a tokenizer from; give texts")
         yield from [document.text] if isinstance(document, Text) else (each.content for each in document.messages)
     if not count:
         raise ConfigError(

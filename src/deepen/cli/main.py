@@ -25,6 +25,7 @@ VERBS = {
     "generate": "continue a prompt with any model or adapter",
     "new": "make a model with random weights, and a tokenizer for it, to train from scratch",
     "train": "train a method's parameters as a run file says",
+    "distill": "write a model's own greedy answers as a corpus to train on",
     "evaluate": "measure a model at one stage of its surgery",
     "compare": "stages side by side: differences, costs, and whether the grafted model still is its base",
     "check": "hold any causal language model, also your own class, to what such a model must do",

@@ -75,6 +75,9 @@ class Options:
     eval_interval: OptionalInteger = None
     """Steps from one look at validation documents to the next."""
 
+    push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="OWNER/NAME")] = None
+    """A repository of the model hub to upload the trained model to; made private if it isn't there."""
+
     set: Settings = ()
     """Any other field of the run: --set optimizer=muon --set schedule=cosine."""
 

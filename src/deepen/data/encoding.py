@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 from deepen.core.errors import DeepenError
 from deepen.data.batches import token_ids
-from deepen.data.formats import Conversation, Document, Message, Text
+from deepen.data.formats import Conversation, Document, Message, Text, Tokens
+from deepen.data.vocabulary import Vocabulary, tokenizer_fingerprint
 
 
-class ChatEncoder(Protocol):
+class ChatEncoder(Vocabulary, Protocol):
     """What is needed of a tokenizer; transformers' have it."""
 
     eos_token_id: Any
@@ -21,6 +23,9 @@ class ChatEncoder(Protocol):
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """The text of a conversation."""
+
+    def __hash__(self) -> int:
+        """Of the object, not of what it holds."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,18 @@ class Encoded:
 
 
 def encode(document: Document, tokenizer: ChatEncoder) -> Encoded:
-    """A text with the end of sequence behind it; a conversation in the words of the tokenizer's chat template.
+    """A text with the end of sequence behind it; a conversation in the words of the tokenizer's chat template; or ids.
 
     Of a conversation, what the template makes of the assistant's turns is learned, with the mark that ends a turn.
-    Raises `DeepenError`, naming the document's place, where a template is missing or can't be followed turn by turn,
-    or a message holds a special token written out, which would become that token.
+    Ids stay what they are, and those of the response are learned. Raises `DeepenError`, naming the document's place,
+    where a template is missing or can't be followed turn by turn, a message holds a special token written out, which
+    would become that token, or ids are another tokenizer's.
     """
     if isinstance(document, Text):
         return Encoded(((), tuple(with_end(token_ids(document.text, tokenizer), tokenizer))))
+    if isinstance(document, Tokens):
+        _require_own(document, tokenizer)
+        return Encoded((document.prompt, document.response))
     _require_plain(document, tokenizer)
     return Encoded(tuple(tuple(_ids(part, tokenizer)) for part in _turns(document, tokenizer)))
 
@@ -93,6 +102,20 @@ def _rendered(messages: Sequence[Message], tokenizer: ChatEncoder, place: str, *
 
 def _ids(text: str, tokenizer: ChatEncoder) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _require_own(document: Tokens, tokenizer: ChatEncoder) -> None:
+    own = _fingerprint_of(tokenizer)
+    if document.tokenizer != own:
+        raise DeepenError(
+            f"{document.place}: its ids are those of a tokenizer with digest {document.tokenizer}, and this model's "
+            f"has {own}, so they mean other pieces; take the model that they were made for, or make them anew"
+        )
+
+
+@lru_cache(maxsize=1)  # every record asks, and a vocabulary takes a while
+def _fingerprint_of(tokenizer: ChatEncoder) -> str:
+    return tokenizer_fingerprint(tokenizer)
 
 
 def _require_plain(conversation: Conversation, tokenizer: ChatEncoder) -> None:

@@ -1,4 +1,4 @@
-"""What a record is to a language model: a text to learn, or a conversation of which the answers are learned.
+"""What a record is to a language model: a text to learn, or something asked of which the answers are learned.
 
 | format | fields | becomes |
 |---|---|---|
@@ -7,6 +7,7 @@
 | messages | `messages`: a list of `role` and `content` | these |
 | question | `question`, `answer` | user, assistant |
 | prompt | `prompt`, `response` | user, assistant |
+| tokens | `prompt_ids`, `response_ids`, and `tokenizer`, the digest of theirs | these ids, as they are |
 
 A record has the fields of exactly one format; others beside them (an id, a source) are no matter. A record that fits
 none, or two, is an error that shows its fields: nothing is guessed.
@@ -20,6 +21,8 @@ from deepen.core.errors import DeepenError
 from deepen.data.records import Record, require_text
 
 ROLES = ("system", "user", "assistant")
+
+_ID_LIMIT = 2**31  # ids are kept as int32
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,17 @@ class Conversation:
     place: str = ""
 
 
-Document = Text | Conversation
+@dataclass(frozen=True)
+class Tokens:
+    """What was asked and what was answered, as ids of the tokenizer with this digest; the answer's are learned."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    tokenizer: str
+    place: str = ""
+
+
+Document = Text | Conversation | Tokens
 
 
 def document_of(record: Record) -> Document:
@@ -77,6 +90,22 @@ def _question(record: Record) -> Document:
 
 def _prompt(record: Record) -> Document:
     return _pair(_spoken(record, "prompt"), _spoken(record, "response"), record)
+
+
+def _tokens(record: Record) -> Document:
+    return Tokens(
+        _token_ids(record, "prompt_ids"), _token_ids(record, "response_ids"), record.text("tokenizer"), record.place
+    )
+
+
+def _token_ids(record: Record, name: str) -> tuple[int, ...]:
+    given = record.fields[name]
+    if not isinstance(given, list) or not given:
+        raise DeepenError(f'{record.place}: "{name}" must be a list of at least one token id')
+    for token in given:
+        if type(token) is not int or not 0 <= token < _ID_LIMIT:  # Python's bool is an int, a token is not
+            raise DeepenError(f'{record.place}: "{name}" holds {token!r}, which is no token id')
+    return tuple(given)
 
 
 def _pair(asked: str, answered: str, record: Record) -> Conversation:
@@ -124,4 +153,5 @@ _FORMATS: dict[str, tuple[frozenset[str], Callable[[Record], Document]]] = {
     "messages": (frozenset({"messages"}), _messages),
     "question": (frozenset({"question", "answer"}), _question),
     "prompt": (frozenset({"prompt", "response"}), _prompt),
+    "tokens": (frozenset({"prompt_ids", "response_ids"}), _tokens),
 }

@@ -1,5 +1,6 @@
 """What a training run is: one JSON file."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from deepen.train.schedule import Schedule, Shape
 BUDGETS = "num_steps", "num_tokens", "flops"
 
 _SEED_LIMIT = 2**63
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(Shape),
     "cut": get_args(Cut),
@@ -104,11 +106,15 @@ class RunConfig(Config):
     sample_tokens: int = 64
     # Also write event files for TensorBoard (pip install deepen[tensorboard]).
     tensorboard: bool = False
+    # A repository of the model hub, OWNER/NAME, to upload the trained model to; made private if it isn't there.
+    push_to_hub: str | None = None
 
     def validate(self) -> list[str]:
         """One message for each value that no run can have."""
         problems = [f"{name} must not be empty" for name in ("model", "data", "output_dir") if not getattr(self, name)]
         problems += self._numbers_out_of_range()
+        if self.push_to_hub is not None and not _REPOSITORY.fullmatch(self.push_to_hub):
+            problems.append(f'push_to_hub must be OWNER/NAME, a repository of the model hub, not "{self.push_to_hub}"')
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 problems.append(f'unknown {name} "{getattr(self, name)}"{did_you_mean(getattr(self, name), known)}')

@@ -41,7 +41,7 @@ from deepen.train.tree import flattened, unflattened
 
 CHECKSUMS = "checksums.json"
 FORMAT = 1
-_TRAINING = "training"
+TRAINING = "training"
 _STATE = "state.json"
 
 
@@ -103,14 +103,14 @@ def save_checkpoint(
     with write_folder_atomically(folder) as begun:
         ranks.from_first(str(begun))
         _write_shards(begun, state, carry, ranks)
-        write_json(begun / _TRAINING / _STATE, {"format": FORMAT, "world_size": ranks.world_size, **facts})
+        write_json(begun / TRAINING / _STATE, {"format": FORMAT, "world_size": ranks.world_size, **facts})
         write_model(begun)
         ranks.wait()
         write_json(begun / CHECKSUMS, _checksums(begun))
 
 
 def _write_shards(begun: Path, state: TrainingState, carry: Any, ranks: Ranks) -> None:
-    place = begun / _TRAINING
+    place = begun / TRAINING
     place.mkdir(exist_ok=True)
     with _quiet():
         save_shards(
@@ -127,7 +127,7 @@ def _write_shards(begun: Path, state: TrainingState, carry: Any, ranks: Ranks) -
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `state.json` of a whole checkpoint holds. Raises `CheckpointError`, naming what is missing or changed."""
     _check_files(folder)
-    facts: dict[str, Any] = read_json(folder / _TRAINING / _STATE, error=CheckpointError)
+    facts: dict[str, Any] = read_json(folder / TRAINING / _STATE, error=CheckpointError)
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has training state of format {facts.get('format')}, and this reads {FORMAT}")
     return facts
@@ -135,7 +135,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def load_tensors(folder: Path, *, state: TrainingState, ranks: Ranks) -> None:
     """Fill the trained parameters, the optimizers, averages and buffers; raises `CheckpointError` if they don't fit."""
-    place = folder / _TRAINING
+    place = folder / TRAINING
     reader = HuggingFaceStorageReader(str(place))
     entries = reader.read_metadata().state_dict_metadata
     sizes = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -156,7 +156,7 @@ def load_tensors(folder: Path, *, state: TrainingState, ranks: Ranks) -> None:
 
 def load_carry(folder: Path, facts: Mapping[str, Any], *, device: torch.device, ranks: Ranks) -> Any:
     """What this rank carried; None where nothing was. Raises `CheckpointError` if there are other ranks now."""
-    place = folder / _TRAINING
+    place = folder / TRAINING
     if not (place / "carry_0.json").is_file():
         return None
     if facts["world_size"] != ranks.world_size:

@@ -29,6 +29,7 @@ from deepen.train.module import StepModule, whole
 from deepen.train.optim import freeze_base, make_optimizers
 from deepen.train.precision import autocast_dtype
 from deepen.train.progress import Display, Pace, display
+from deepen.train.push import push
 from deepen.train.ranks import Ranks, joined_ranks
 from deepen.train.record import Record
 from deepen.train.resume import TrainingState, checkpoints_in, load_carry, load_tensors, read_facts, save_checkpoint
@@ -47,6 +48,7 @@ _NUM_STEPS_SURVEYED = 16
 _FREE = {
     "output_dir", "log_interval", "save_interval", "eval_interval", "keep_checkpoints", "branch_from", "parallel",
     "num_micro_batches", "tensorboard", "eval_tokens", "sample_prompts", "num_samples", "sample_tokens",
+    "push_to_hub",
 }  # fmt: skip
 # What a branch may do differently from the run it leaves.
 _FREE_TO_BRANCH = _FREE | {
@@ -60,11 +62,15 @@ def train(config: RunConfig, *, show: Callable[[str], None] = print) -> Path:
     `show` gets a line now and then. The same configuration on the same machine gives the same parameters, however often
     it was cut off and started again; torch's generators are seeded. Under torchrun every rank calls this.
 
-    Raises `DeepenError` for what can't be run, and for a loss that is not finite once the last good state is saved.
+    Raises `DeepenError` for what can't be run, for a loss that is not finite once the last good state is saved, and for
+    a model that is saved and can't be pushed.
     """
     config.check()
     with joined_ranks() as ranks:
-        return _Run(config, ranks, show).finish()
+        folder = _Run(config, ranks, show).finish()
+        if config.push_to_hub is not None and ranks.is_first:
+            show(f"pushed to {push(folder, config.push_to_hub)}")
+        return folder
 
 
 class _Run:
@@ -405,6 +411,11 @@ def rows_of_run(config: RunConfig, trainee: Trainee) -> Rows:
         raise DeepenError(
             f"{config.data} has no training document: 4 in 100 documents, told by their text, are kept for validation "
             "and test; give more or other text"
+        )
+    if int(corpus.ids.max()) >= trainee.backbone.vocab_size:
+        raise DeepenError(
+            f"{config.data} holds token id {corpus.ids.max()}, and the model has ids below "
+            f"{trainee.backbone.vocab_size}; make the data with this model's tokenizer"
         )
     return cut_rows(corpus, max_length=config.max_length, cut=config.cut)  # type: ignore[arg-type]  # it was checked
 

@@ -10,7 +10,7 @@ from deepen.core.errors import DeepenError
 from deepen.core.method import RecursiveModel
 from deepen.data.batches import token_ids
 from deepen.data.encoding import encode
-from deepen.data.formats import Text
+from deepen.data.formats import Conversation, Document, Text
 from deepen.evaluate.answers import answer
 from deepen.evaluate.metrics import generation_figures
 from deepen.evaluate.prompts import DomainPrompt
@@ -18,7 +18,7 @@ from deepen.evaluate.results import Answer
 from deepen.generate.stop import StopConfig
 from deepen.metrics.sinks import JsonLines, TensorBoard
 from deepen.train.untouched import untouched
-from deepen.train.validation import validation_documents
+from deepen.train.validation import documents_of
 
 FILE = "samples.jsonl"
 
@@ -145,15 +145,23 @@ def prompts_of_documents(data: str, tokenizer: Any, *, count: int) -> list[Sampl
 
 
 def _beginnings(data: str, tokenizer: Any) -> Iterator[SamplePrompt]:
-    for document in validation_documents(data):
-        if isinstance(document, Text):
-            ids = token_ids(document.text, tokenizer)
-            if len(ids) > _NUM_PROMPT_TOKENS:
-                ids = ids[:_NUM_PROMPT_TOKENS]
-                yield SamplePrompt(tuple(ids), tokenizer.decode(ids, skip_special_tokens=True))
-        else:
-            asked = encode(document, tokenizer).parts[0]
-            yield SamplePrompt(asked, next(turn.content for turn in document.messages if turn.role == "user"))
+    for document in documents_of(data, "validation"):
+        if not isinstance(document, Text) or len(token_ids(document.text, tokenizer)) > _NUM_PROMPT_TOKENS:
+            yield beginning(document, tokenizer, num_tokens=_NUM_PROMPT_TOKENS)
+
+
+def beginning(document: Document, tokenizer: Any, *, num_tokens: int) -> SamplePrompt:
+    """What a model is given of a document: the first `num_tokens` of a text, or what is asked, all of it.
+
+    Raises what `encode` raises.
+    """
+    if isinstance(document, Text):
+        ids = token_ids(document.text, tokenizer)[:num_tokens]
+        return SamplePrompt(tuple(ids), tokenizer.decode(ids, skip_special_tokens=True))
+    asked = encode(document, tokenizer).parts[0]
+    if isinstance(document, Conversation):
+        return SamplePrompt(asked, next(turn.content for turn in document.messages if turn.role == "user"))
+    return SamplePrompt(asked, tokenizer.decode(list(asked), skip_special_tokens=True))
 
 
 def _as_markdown(fields: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from deepen.core.types import Batch, LossTerm, Progress, Score, Unit
 from deepen.data.batches import batch_of, token_ids
 from deepen.data.encoding import ChatEncoder, encode
 from deepen.data.formats import Document, Text, document_of
-from deepen.data.split import records_of
+from deepen.data.split import Split, records_of
 from deepen.evaluate.scoring import FIRST_SCORED, measure
 from deepen.train.untouched import untouched
 
@@ -140,9 +140,9 @@ class _Sums:
         return {**means, "total": sum(self._terms[name].weight * mean for name, mean in means.items())}
 
 
-def validation_documents(data: str) -> Iterator[Document]:
-    """Those of a corpus that are not empty, in its order."""
-    for document in map(document_of, records_of(data, "validation")):
+def documents_of(data: str, split: Split) -> Iterator[Document]:
+    """Those of one split of a corpus, in whatever format, that are not empty, in its order."""
+    for document in map(document_of, records_of(data, split)):
         if not isinstance(document, Text) or document.text.strip():
             yield document
 
@@ -150,7 +150,7 @@ def validation_documents(data: str) -> Iterator[Document]:
 def _rows(data: str, tokenizer: ChatEncoder, *, max_length: int, max_tokens: int) -> Iterator[_Row]:
     """The beginning of each document, until there are `max_tokens`; the last one is cut to fit."""
     num_left = max_tokens
-    for document in validation_documents(data):
+    for document in documents_of(data, "validation"):
         row = _row(document, tokenizer, max_length=min(max_length, num_left))
         if row.ids:
             yield row
