@@ -20,7 +20,8 @@ from deepen.checkpoint import open_model
 from deepen.core.errors import CheckpointError, DeepenError
 from deepen.train import resume, run
 from deepen.train.config import RunConfig
-from deepen.train.resume import CHECKSUMS, checkpoints_in
+from deepen.train.folder import checkpoints_in
+from deepen.train.resume import CHECKSUMS
 from deepen.train.run import train
 
 DROPPED_IN = Path(__file__).parents[1] / "contract" / "dropped_in"

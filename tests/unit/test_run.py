@@ -16,8 +16,8 @@ from deepen.methods.dense.config import DenseConfig
 from deepen.methods.dense.model import DenseModel
 from deepen.train import run
 from deepen.train.config import RunConfig
+from deepen.train.folder import checkpoints_in
 from deepen.train.guard import Diverged, GuardConfig
-from deepen.train.resume import checkpoints_in
 from deepen.train.run import train
 from deepen.train.validation import Validation
 

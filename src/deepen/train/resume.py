@@ -15,7 +15,6 @@ draws is a function of seed and step.
 """
 
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from deepen.core.errors import CheckpointError
 from deepen.core.files import read_json, write_folder_atomically, write_json
+from deepen.core.tensors import require_fit
 from deepen.train.average import Average
 from deepen.train.module import StepModule
 from deepen.train.optim import Optimizers
@@ -141,15 +141,8 @@ def load_tensors(folder: Path, *, state: TrainingState, ranks: Ranks) -> None:
     sizes = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     state.make_room(sizes)
     tensors = state.tensors()
-    problems = [f"it lacks {name}" for name in tensors if name not in sizes]
-    problems += [f"it has {name}, which the run has not" for name in sizes if name not in tensors]
-    problems += [
-        f"{name} is {list(sizes[name].size)} in it, and {list(tensor.shape)} here"
-        for name, tensor in tensors.items()
-        if name in sizes and sizes[name].size != tensor.shape
-    ]
-    if problems:
-        raise CheckpointError(f"{folder} doesn't fit this run: {'; '.join(problems[:3])}")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    require_fit(shapes, {name: size.size for name, size in sizes.items()}, what=f"{folder} doesn't fit this run")
     with _quiet():
         load_shards(tensors, storage_reader=reader, no_dist=not ranks.are_many)
 
@@ -167,12 +160,6 @@ def load_carry(folder: Path, facts: Mapping[str, Any], *, device: torch.device, 
     tensors = load_file(place / f"carry_{ranks.rank}.safetensors")
     outline = read_json(place / f"carry_{ranks.rank}.json", error=CheckpointError)
     return unflattened(outline, {name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run, the last one first."""
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _checksums(folder: Path) -> dict[str, str]:

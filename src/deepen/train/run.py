@@ -1,10 +1,8 @@
 """A training run from its configuration to its last checkpoint, and on from wherever it was cut off."""
 
-import json
 import math
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from deepen.checkpoint import own_tensors, write_adapter, write_whole_model
 from deepen.core.errors import CheckpointError, ConfigError, DeepenError
-from deepen.core.files import read_json, write_json
+from deepen.core.files import write_json
 from deepen.core.types import Progress, Work
 from deepen.data.formats import document_of
 from deepen.data.loader import Loader
@@ -24,6 +22,7 @@ from deepen.data.tokens import TokenCorpus
 from deepen.metrics.ledger import RunLedger, count_parameters
 from deepen.train.average import Average
 from deepen.train.config import RunConfig
+from deepen.train.folder import checkpoints_in, claim, clear_leftovers, rotate, set_aside
 from deepen.train.guard import Diverged, DivergenceGuard, GuardConfig
 from deepen.train.module import StepModule, whole
 from deepen.train.optim import freeze_base, make_optimizers
@@ -32,11 +31,10 @@ from deepen.train.progress import Display, Pace, display
 from deepen.train.push import push
 from deepen.train.ranks import Ranks, joined_ranks
 from deepen.train.record import Record
-from deepen.train.resume import TrainingState, checkpoints_in, load_carry, load_tensors, read_facts, save_checkpoint
-from deepen.train.samples import Samples, prompts_of_documents, prompts_of_texts
+from deepen.train.resume import TrainingState, load_carry, load_tensors, read_facts, save_checkpoint
 from deepen.train.step import NotFinite, StepReport, Steps
 from deepen.train.trainee import Trainee, open_trainee
-from deepen.train.validation import Validation
+from deepen.train.watch import Watch
 
 LEDGER = "ledger.json"
 """Beside a saved model: its parameters, and what the run that made it has cost."""
@@ -80,7 +78,7 @@ class _Run:
         self.config, self.ranks = config, ranks
         self.show = show if ranks.is_first else lambda line: None
         self.folder = Path(config.output_dir).expanduser()
-        _claim(self.folder, config)
+        claim(self.folder, config, may_differ=_FREE)
         torch.manual_seed(config.seed)
         self.trainee = open_trainee(config)
         self.trainee.model.train()
@@ -119,7 +117,7 @@ class _Run:
         )
         factor = config.divergence_factor
         self.guard = DivergenceGuard(GuardConfig(factor=factor)) if factor is not None else None
-        self.watch = _Watch(config, self.trainee, self.show) if config.eval_interval is not None else None
+        self.watch = Watch(config, self.trainee, self.show) if config.eval_interval is not None else None
         self.last: StepReport | None = None
         self.pace = Pace()
 
@@ -274,7 +272,7 @@ class _Run:
             folder, state=self.state, facts=facts, carry=self.steps.carry, ranks=self.ranks, write_model=write_model
         )
         if self.ranks.is_first:
-            self._rotate()
+            rotate(self.folder, keep=self.config.keep_checkpoints)
         return folder
 
     def _saved_model(self) -> dict[str, Tensor]:
@@ -287,29 +285,22 @@ class _Run:
             tensors = dict(self.trainee.model.saved_state()) or own_tensors(self.trainee.backbone.model)
             return {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    def _rotate(self) -> None:
-        keep = self.config.keep_checkpoints
-        for old in checkpoints_in(self.folder)[keep:] if keep is not None else ():
-            # Under its name a checkpoint is whole, also while it goes away.
-            going = old.with_name(f".{old.name}.old")
-            old.rename(going)
-            shutil.rmtree(going)
-
     def _restore(self) -> int:
         """Take back the newest checkpoint that is whole and of this run; gives the number of steps made."""
-        if self.ranks.is_first and self.folder.is_dir():
-            for left in self.folder.glob(".step_*"):  # by a kill while it was written or removed
-                shutil.rmtree(left)
+        if self.ranks.is_first:
+            clear_leftovers(self.folder)
         self.ranks.wait()
         refused: dict[Path, CheckpointError] = {}
-        for folder in checkpoints_in(self.folder) if self.folder.is_dir() else ():
+        for folder in checkpoints_in(self.folder):
             try:
                 step = self._load(folder, free=_FREE)
             except CheckpointError as cause:
                 refused[folder] = cause
                 warnings.warn(f"{cause}; going back to the checkpoint before it", stacklevel=2)
             else:
-                self._set_aside(refused)
+                self.ranks.wait()  # until all have read what there is
+                if self.ranks.is_first:
+                    set_aside(refused)
                 return step
         if refused:
             reason = next(iter(refused.values()))
@@ -319,16 +310,6 @@ class _Run:
         if self.config.branch_from is not None:
             return self._load(Path(self.config.branch_from).expanduser(), free=_FREE_TO_BRANCH)
         return 0
-
-    def _set_aside(self, refused: Iterable[Path]) -> None:
-        """Under other names: the run comes by their steps again, and they must not be taken for newer ones."""
-        self.ranks.wait()
-        for folder in refused if self.ranks.is_first else ():
-            aside = folder.with_name(f"{folder.name}.refused")
-            if aside.exists():
-                shutil.rmtree(aside)
-            folder.rename(aside)
-        self.ranks.wait()
 
     def _load(self, folder: Path, *, free: set[str]) -> int:
         facts = read_facts(folder)
@@ -359,45 +340,6 @@ class _Run:
             name = different[0]
             was, is_now = (each.get(name, own.get(name)) for each in ({**facts, **facts["run"]}, {**now, **own}))
             raise CheckpointError(f"{folder} is of another run: {name} was {was} and is {is_now}")
-
-
-class _Watch:
-    """What is measured and drawn while a run goes on."""
-
-    def __init__(self, config: RunConfig, trainee: Trainee, show: Callable[[str], None]) -> None:
-        tokenizer: Any = trainee.tokenizer
-        self.validation = Validation(
-            trainee.model, tokenizer, config.data, max_length=config.max_length, max_tokens=config.eval_tokens, say=show
-        )
-        prompts = prompts_of_texts(config.sample_prompts, tokenizer, chat=tokenizer.chat_template is not None)
-        if not prompts:
-            prompts = prompts_of_documents(config.data, tokenizer, count=config.num_samples)
-        self.samples = None
-        if prompts:
-            eos_ids = trainee.backbone.eos_ids or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
-            self.samples = Samples(
-                trainee.model, tokenizer, prompts, max_new_tokens=config.sample_tokens, eos_ids=eos_ids
-            )
-
-
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Raises `DeepenError` if the folder holds something else than this run."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / "run.json").is_file():
-        raise DeepenError(
-            f"output_dir {config.output_dir} is not an empty folder, and holds no run; choose another, so that runs "
-            "don't mix"
-        )
-    before = read_json(folder / "run.json")
-    now = config.to_dict()
-    different = [name for name in now if name not in _FREE and before.get(name) != now[name]]
-    if different:
-        name = different[0]
-        raise DeepenError(
-            f"output_dir {config.output_dir} holds another run: {name} is {json.dumps(before.get(name))} there, and "
-            f"{json.dumps(now[name])} here; choose another, so that runs don't mix"
-        )
 
 
 def rows_of_run(config: RunConfig, trainee: Trainee) -> Rows:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from deepen.backbones.costs import pass_costs, pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CannotTrain, CheckpointError, ConfigError, PromptError
+from deepen.core.errors import CannotTrain, ConfigError, PromptError
 from deepen.core.method import Sampler
+from deepen.core.tensors import fill
 from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit, Work
 from deepen.generate import door
 from deepen.generate.loop import complete
@@ -264,22 +265,7 @@ class ChunkRefineWrapper(nn.Module):
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back a sidecar; a missing, unknown or misshapen tensor is a `CheckpointError` that names it."""
-        own = self.saved_state()
-        problems = [f"missing {name}" for name in own if name not in state]
-        problems += [f"unknown {name}" for name in state if name not in own]
-        problems += [
-            f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if problems:
-            raise CheckpointError(
-                f"the sidecar's tensors don't fit its configuration on this base: {'; '.join(problems[:5])}"
-                + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
+        fill(self.saved_state(), state, what="the sidecar's tensors don't fit its configuration on this base")
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of a verify pass, which is the base's; other passes add `sidecar_flops` or `refined_flops`."""

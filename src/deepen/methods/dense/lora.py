@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CheckpointError, ConfigError
+from deepen.core.errors import ConfigError
 from deepen.core.hints import did_you_mean
+from deepen.core.tensors import fill
 
 from .config import DenseConfig
 
@@ -58,22 +59,7 @@ class LoraAdapters(nn.Module):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back `tensors`; a missing, unknown or misshapen one is a `CheckpointError` that names it."""
-        own = self.tensors()
-        problems = [f"missing {name}" for name in own if name not in state]
-        problems += [f"unknown {name}" for name in state if name not in own]
-        problems += [
-            f"{name} is {list(state[name].shape)}, expected {list(parameter.shape)}"
-            for name, parameter in own.items()
-            if name in state and state[name].shape != parameter.shape
-        ]
-        if problems:
-            raise CheckpointError(
-                f"the LoRA tensors don't fit this configuration on this base: {'; '.join(problems[:5])}"
-                + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        fill(self.tensors(), state, what="the LoRA tensors don't fit this configuration on this base")
 
 
 def _targets(config: DenseConfig, backbone: Backbone) -> dict[str, nn.Module]:
