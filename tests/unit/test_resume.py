@@ -90,8 +90,8 @@ def cut_off(config: RunConfig, *, after: int, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         original = run._Run._take
 
-        def taken(self, index):
-            original(self, index)
+        def taken(self, index, shown):
+            original(self, index, shown)
             if index + 1 == after:
                 raise Killed
 

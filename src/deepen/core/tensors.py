@@ -23,7 +23,7 @@ def fill(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: str) -
 
 
 def require_fit(own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], *, what: str) -> None:
-    """Raises `CheckpointError`, which begins with `what`, for names that are missing or unknown and for other shapes."""
+    """Raises `CheckpointError`, which begins with `what`, for missing or unknown names and for other shapes."""
     problems = [f"missing {name}" for name in own if name not in given]
     problems += [f"unknown {name}" for name in given if name not in own]
     problems += [
