@@ -188,8 +188,13 @@ def compilation(subject: Subject, effort: Effort) -> Passed:
     texts = [subject.text(length, seed=length, batch=2) for length in (longest, max(1, longest // 2))]
     expected = [subject.logits(ids) for ids in texts]
     given = {"use_cache": False} if "use_cache" in subject.takes else {}
+
+    def forward(**inputs: Any) -> Any:
+        return subject.model(**inputs)
+
     with _compiler() as compiler, torch.no_grad():
-        compiled = compiler(subject.model, backend=backend)
+        # The function, not the module: of that torch would leave its mark on the model.
+        compiled = compiler(forward, backend=backend)
         for ids, logits in zip(texts, expected, strict=True):
             gauge.compare(
                 logits_of(compiled(input_ids=ids, **given)),
