@@ -73,7 +73,8 @@ def test_losses_are_those_written_down(run, tmp_path):
 def test_every_preset_is_written_down_and_some_train():
     written = json.loads(FILE.read_text())
     assert sorted(written) == sorted(map(name_of, runs()))
-    assert all(values[-1] < values[0] for values in written.values() if values is not None)
+    # A single batch may be a hard one.
+    assert all(sum(values[-5:]) < sum(values[:5]) for values in written.values() if values is not None)
     assert any(values is not None for values in written.values())
 
 

@@ -36,7 +36,8 @@ class TestRule:
     @given(seeds, windows, st.floats(0.1, 100.0), st.floats(1.5, 8.0))
     def test_a_curve_that_jumps_above_the_factor_trips_it_within_a_window(self, seed, window, low, factor):
         draw = random.Random(seed)
-        before = [low * draw.uniform(0.5, 1.0) for _ in range(window + draw.randrange(100))]
+        quietest = max(0.5, 1 / factor)  # more noise than the factor is no noise
+        before = [low * draw.uniform(quietest, 1.0) for _ in range(window + draw.randrange(100))]
         behind = [low * factor * draw.uniform(1.001, 5.0) for _ in range(window)]
         step = trips_at([*before, *behind], GuardConfig(window=window, factor=factor))
         assert step is not None and len(before) < step <= len(before) + window // 2 + 1

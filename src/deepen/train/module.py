@@ -3,6 +3,7 @@
 Sharding, compiling and activation checkpointing hang on `forward`, which the protocol's `train_step` is not.
 """
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from deepen.core.errors import CannotTrain, DeepenError
 from deepen.core.types import Batch, Progress, Score, StepOutput
 
 
@@ -22,11 +24,21 @@ class StepModule(nn.Module):
         super().__init__()
         self.model = model
         self.base = base
-        self.is_sharded = False
+        self.is_sharded = self.is_compiled = False
 
     def forward(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
         """`RecursiveModel.train_step`."""
-        output: StepOutput = self.model.train_step(batch, carry, progress)
+        try:
+            output: StepOutput = self.model.train_step(batch, carry, progress)
+        except DeepenError:
+            raise
+        except Exception as cause:  # a compiler fails in any way
+            if not self.is_compiled:
+                raise
+            raise CannotTrain(
+                "compile is true, and the compiled layers failed in a training step of this method "
+                f"({type(cause).__name__}: {textwrap.shorten(str(cause), 160, placeholder=' ...')}); set it to false"
+            ) from cause
         return output
 
     def score(self, batch: Batch) -> Score:
@@ -64,6 +76,7 @@ class StepModule(nn.Module):
         """Compile the model unit by unit, in place: equal units share their code."""
         for unit in self.model.shard_units():
             unit.compile()
+        self.is_compiled = True
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside units: the backward runs each unit's forward again."""

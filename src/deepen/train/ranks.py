@@ -115,6 +115,8 @@ def joined_ranks() -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+        if is_ours:
+            dist.barrier()  # one that leaves early takes its connections from under the others
     finally:
         if is_ours:
             dist.destroy_process_group()
