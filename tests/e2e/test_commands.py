@@ -534,7 +534,9 @@ class TestInspect:
     @pytest.mark.parametrize("verb", ["generate", "graft", "evaluate", "train"])
     def test_a_shape_is_good_for_nothing_else(self, verb, tmp_path, capsys):
         shape = "shape:kimi-linear-48b"
-        (tmp_path / "run.json").write_text(json.dumps({"model": shape, "data": "wiki", "method": "chunk"}))
+        (tmp_path / "run.json").write_text(
+            json.dumps({"model": shape, "data": "wiki", "method": "chunk", "num_steps": 1})
+        )
         arguments = {
             "generate": [shape, "--prompt", "a"],
             "graft": [shape, "--config", "after_surgery", "--out", str(tmp_path / "out")],
