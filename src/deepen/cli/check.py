@@ -122,6 +122,8 @@ def _write(place: str | None, record: dict[str, Any]) -> None:
 
 def _circumstances(options: Options, subject: "Subject", effort: "Effort") -> dict[str, Any]:
     """What the findings depend on beside the model."""
+    import torch
+
     return {
         "architecture": type(subject.model).__name__,
         "method": None if subject.method is None else type(subject.method).__name__,
@@ -129,7 +131,8 @@ def _circumstances(options: Options, subject: "Subject", effort: "Effort") -> di
         "device": str(subject.device),
         "quick": options.quick,
         "effort": _plain(asdict(effort)),
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"deepen": _our_version()},
+        # torch's own word: its package's metadata may leave out which build it is.
+        "versions": {"torch": torch.__version__, "transformers": version("transformers"), "deepen": _our_version()},
     }
 
 
