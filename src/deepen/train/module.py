@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from deepen.core.errors import CannotTrain, DeepenError
-from deepen.core.types import Batch, Progress, Score, StepOutput
+from deepen.core.types import Batch, Progress, StepOutput
 
 
 class StepModule(nn.Module):
@@ -41,11 +41,6 @@ class StepModule(nn.Module):
             ) from cause
         return output
 
-    def score(self, batch: Batch) -> Score:
-        """`RecursiveModel.score`."""
-        score: Score = self.model.score(batch)
-        return score
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """By name, those that an optimizer moves."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -65,7 +60,6 @@ class StepModule(nn.Module):
         for unit in self.model.shard_units():
             fully_shard(unit)
         fully_shard(self)
-        register_fsdp_forward_method(self, "score")
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
