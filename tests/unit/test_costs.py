@@ -251,7 +251,7 @@ def test_flops_of_our_passes_are_those_torch_counts(name: str, width: int, conte
         # The window before the pass stands before its own inputs.
         counted = counted_flops(lambda: backbone.run(tokens[:, context:], cache), positions_before=3)
     costs = pass_costs(backbone)
-    assert counted == pass_flops_computed(backbone, costs, width=width, context=context, num_logits=width)
+    assert counted == pass_flops_computed(backbone, costs, width=width, contexts=[context], num_logits=width)
     whole = costs.over(num_positions=width, context=context)
     visible = width * context + width * (width + 1) // 2
     parts = width * (costs.per_position + costs.per_logit) + visible * costs.per_visible
@@ -265,7 +265,7 @@ def test_one_token_needs_no_form_but_its_own(name: str) -> None:
     backbone = Backbone.attach(build(name))
     cache = backbone.new_cache(batch_size=1, capacity=8)
     counted = counted_flops(lambda: backbone.run(ids(1), cache), positions_before=3)
-    assert counted == pass_flops_computed(backbone, pass_costs(backbone), width=1, context=0, num_logits=1)
+    assert counted == pass_flops_computed(backbone, pass_costs(backbone), width=1, contexts=[0], num_logits=1)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

@@ -114,6 +114,12 @@ class AttentionStore(CacheLayerMixin):
         num_heads = both.shape[1] // 2
         self.keys, self.values = both[:, :num_heads], both[:, num_heads:]
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Be a new store whose first entries are these, `[B, N, T, E]`."""
+        self.lazy_initialization(keys, values)
+        self.keys[:, :, : keys.shape[2]] = keys
+        self.values[:, :, : values.shape[2]] = values
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -341,6 +347,13 @@ class PrefixCache(Cache):
             layer.prefix = prefix
         self.lengths = [offset + count for offset, count in zip(self._window.offsets, counts, strict=True)]
         self._close()
+
+    def states_after(self, counts: Sequence[int]) -> tuple[RecurrentPrefix, ...]:
+        """Of each recurrent layer, the prefix that `commit(counts)` would make; nothing is committed."""
+        if self._window is None or not self._ended:
+            raise RollbackError("no pass has come to its end since the last commit")
+        self._check_counts(counts, self._window)
+        return tuple(layer.after(counts) for layer in self._recurrent)
 
     def _check_counts(self, counts: Sequence[int], window: PassWindow) -> None:
         if len(counts) != len(window.widths):

@@ -68,6 +68,21 @@ class PassCosts:
             + self.at_start
         )
 
+    def behind(self, *, num_rows: int, num_positions: int, num_kept: int, num_logits: int) -> Work:
+        """Of a pass behind anchors (anchored.py), each row over as many positions and next to as many kept entries.
+
+        Attention computes all pairs of a position and an entry, those too that it then hides.
+        """
+        num_entries = num_kept + num_positions
+        of_row = (
+            num_positions * self.per_position
+            + num_logits * self.per_logit
+            + num_positions * num_entries * self.per_visible
+            + num_entries * self.per_entry
+            + self.at_start
+        )
+        return num_rows * of_row
+
     def __add__(self, other: "PassCosts") -> "PassCosts":
         """Both together."""
         return PassCosts(**{name: part + vars(other)[name] for name, part in vars(self).items()})
@@ -143,7 +158,7 @@ def _before_layers(backbone: Backbone) -> list[nn.Parameter]:
 
 
 def _costs(backbone: Backbone, gets: _Gets, *, begins_after: int | None) -> PassCosts:
-    flows = gets(_before_layers(backbone))
+    flows = gets(_before_layers(backbone)) or begins_after == -1
     total = _beside_layers(backbone, gets, flows=flows)
     for index, layer in enumerate(backbone.layers):
         total += _layer_costs(backbone, index, gets, flows=flows)

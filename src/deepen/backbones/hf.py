@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Walk
 from deepen.backbones.attention import attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
@@ -27,8 +28,8 @@ from deepen.nn.linear import PackedForward, Packing, pack_linears
 
 # Called with a layer's index and its output [B, W, D]; gives what the next layer reads instead.
 LayerEdit = Callable[[int, Tensor], Tensor]
-# Which positions of a pass get logits: all of them, or only the last real one of each row.
-Keep = Literal["all", "last"]
+# Which positions of a pass get logits: all of them, only the last real one of each row, or these.
+Keep = Literal["all", "last"] | Sequence[int]
 
 # transformers returns a mask that is 4-D already as it is, and asks nothing of the cache; ours travels apart.
 _NO_MASK = torch.zeros(1, 1, 1, 1)
@@ -180,8 +181,8 @@ class Backbone:
         """One pass: all layers over `tokens` behind the committed prefix, which stays as it is until `cache.commit`.
 
         `tokens` are ids `[B, W]`, or embeddings `[B, W, D]`, of which row r's first `widths[r]` are real (default:
-        all). Gives logits `[B, W, V]`; with keep "last" `[B, 1, V]`, each row's last real position. `edit` replaces
-        layer outputs while the pass runs.
+        all). Gives logits `[B, W, V]`; with keep "last" `[B, 1, V]`, each row's last real position, and with positions
+        those. `edit` replaces layer outputs while the pass runs.
         """
         batch, width = tokens.shape[:2]
         if not width or (widths is not None and max(widths, default=0) > width):
@@ -193,7 +194,7 @@ class Backbone:
         num_pads = 0 if cache.recurrent_layers else round_up(width, QUERY_BLOCK) - width
         visibility = Visibility(window.offsets, width + num_pads, window.num_keys, device=self.device, dtype=self.dtype)
         last = [max(0, real - 1) for real in window.widths]
-        kept = sorted(set(last)) if keep == "last" else range(width)
+        kept = sorted(set(last)) if keep == "last" else range(width) if keep == "all" else list(keep)
         fused = fused_pass(self.layers)
         attention = attention_of_pass(self.config, visibility)
         recurrence = recurrence_of_pass(self._delta_forwards)
@@ -212,9 +213,61 @@ class Backbone:
                 "so a pass can't tell it which entries are committed"
             )
         cache.end()
-        if keep == "all":
+        if keep != "last":
             return logits
         return logits[range(batch), [kept.index(position) for position in last]][:, None]
+
+    @torch.no_grad()
+    def walk(
+        self, input_ids: Tensor, lengths: Sequence[int], anchors: Anchors, *, wanted: Tensor | None = None
+    ) -> Walk:
+        """Read texts `[B, T]`, of which row b has `lengths[b]` tokens, and keep what stands before each anchor.
+
+        `wanted` `[B, T]`, on the CPU, asks for the logits behind these tokens, which come in the order of its
+        `nonzero()`.
+        """
+        cache = self.new_cache(batch_size=len(lengths), capacity=input_ids.shape[1])
+        keeper, found = AnchorKeeper(cache, anchors), list[tuple[Tensor, Tensor]]()
+        for start in range(0, input_ids.shape[1], WALK_WIDTH):
+            widths = [min(max(0, length - start), WALK_WIDTH) for length in lengths]
+            slab = slice(start, start + max(widths))
+            asked = torch.zeros_like(input_ids[:, slab], dtype=torch.bool) if wanted is None else wanted[:, slab]
+            kept = asked.any(dim=0).nonzero()[:, 0].tolist()
+            logits = self.run(input_ids[:, slab], cache, widths=widths, keep=kept)
+            places = asked.nonzero()
+            found.append((places[:, 0] * input_ids.shape[1] + places[:, 1] + start, logits[asked[:, kept]]))
+            keeper.look(widths)
+            cache.commit(widths)
+        return Walk(keeper.prefix(), _in_order(found))
+
+    def run_behind(
+        self,
+        prefix: AnchoredPrefix,
+        tokens: Tensor,
+        *,
+        widths: Sequence[int],
+        edit: LayerEdit | None = None,
+        keep: Sequence[int] | None = None,
+    ) -> Tensor:
+        """One pass with gradient over `tokens` behind each of R anchors, which leaves nothing behind.
+
+        `tokens` are ids `[R, W]` or embeddings `[R, W, D]`, of which row r's first `widths[r]` are real. Gives logits
+        `[R, W, V]`, or those of the positions in `keep` alone. `edit` is as in `run`.
+        """
+        width = tokens.shape[1]
+        cache = prefix.begin(widths)
+        positions = prefix.anchors.lengths[:, None] + torch.arange(width).clamp(max=_last(widths)[:, None])
+        recurrence = recurrence_of_pass(self._delta_forwards)
+        with _lock_of(self.model), recurrence, _layer_edits(self.layers, edit, width):
+            logits: Tensor = self.model(
+                **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens},
+                attention_mask=_bias(prefix.visible(width, device=self.device), self.dtype),
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(range(width) if keep is None else list(keep), device=self.device),
+            ).logits
+        return logits
 
     def _positions(self, window: PassWindow, width: int, num_pads: int) -> Tensor:
         # Pads repeat the last position of their row: one further on might lie outside a table of positions.
@@ -223,6 +276,20 @@ class Backbone:
             for offset, real in zip(window.offsets, window.widths, strict=True)
         ]
         return torch.tensor(rows, device=self.device)
+
+
+def _in_order(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits `[n, V]` of all slabs by their places."""
+    places, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits[places.argsort().to(logits.device)]
+
+
+def _last(widths: Sequence[int]) -> Tensor:
+    return torch.tensor([max(0, width - 1) for width in widths])
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def _lock_of(model: nn.Module) -> "threading.RLock":

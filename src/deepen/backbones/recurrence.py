@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from deepen.backbones.cache import PrefixCache, RecurrentStore, recurrent_layers
+from deepen.backbones.cache import RecurrentStore, recurrent_layers
 from deepen.core.errors import UnsupportedBackbone
 from deepen.nn.kda import delta_attention
 
@@ -112,8 +112,8 @@ class DeltaForward:
             raise UnsupportedBackbone(
                 "deepen's delta attention does not keep sequences packed into one row apart; give each its own row"
             )
-        held = cache_params.layers[self.layer] if isinstance(cache_params, PrefixCache) else None
-        token = _store.set(held)
+        held = cache_params.layers[self.layer] if cache_params is not None else None
+        token = _store.set(held if isinstance(held, RecurrentStore) else None)
         try:
             return self._forward(self.part, *args, cache_params=cache_params, **kwargs)
         finally:

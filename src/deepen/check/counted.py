@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.costs import PassCosts
-from deepen.backbones.hf import Backbone
-from deepen.nn.attention import KEY_BLOCK, QUERY_BLOCK, Visibility, round_up
+from deepen.backbones.hf import Backbone, Keep
+from deepen.nn.attention import KEY_BLOCK, QUERY_BLOCK, Section, Visibility, round_up
 
 
 def counted_flops(run: Callable[[], object], *, positions_before: int = 0) -> int:
@@ -45,17 +45,32 @@ def counted_flops(run: Callable[[], object], *, positions_before: int = 0) -> in
 
 @dataclass(frozen=True)
 class Ran:
-    """One pass of a `Backbone`: what each row held before it, and how many positions it brought."""
+    """One pass of a `Backbone`: what each row held before it, how many positions it brought, which got logits."""
 
     contexts: tuple[int, ...]
     widths: tuple[int, ...]
-    keep: str
+    keep: Keep
+
+    @property
+    def num_logits(self) -> int:
+        """Positions that the head is applied to, in each row."""
+        if self.keep == "all":
+            return max(self.widths)
+        return len(set(self.widths)) if self.keep == "last" else len(self.keep)
 
     def flops_computed(self, backbone: Backbone, costs: PassCosts) -> int:
-        """What the pass of a single row computes, in blocks of positions and entries."""
-        ((context,), (width,)) = self.contexts, self.widths
-        num_logits = 1 if self.keep == "last" else width
-        return pass_flops_computed(backbone, costs, width=width, context=context, num_logits=num_logits)
+        """What the pass computes, in blocks of positions and entries; every row is as wide as the widest."""
+        return pass_flops_computed(
+            backbone, costs, width=max(self.widths), contexts=self.contexts, num_logits=self.num_logits
+        )
+
+    def flops_told(self, costs: PassCosts) -> int:
+        """What the ledger counts of it: real positions, each with the entries that it sees, pads included."""
+        width = max(self.widths)
+        rows = (
+            costs.flops(num_positions=width, context=context, num_logits=self.num_logits) for context in self.contexts
+        )
+        return sum(rows)
 
 
 @contextmanager
@@ -66,7 +81,8 @@ def passes_of(backbone: Backbone) -> Iterator[list[Ran]]:
 
     def run(tokens: Any, cache: Any, *, widths: Any = None, keep: Any = "all", **options: Any) -> Any:
         given = [tokens.shape[1]] * tokens.shape[0] if widths is None else widths
-        ran.append(Ran(tuple(cache.lengths), tuple(given), keep))
+        kept: Keep = keep if isinstance(keep, str) else tuple(keep)  # type: ignore[assignment]
+        ran.append(Ran(tuple(cache.lengths), tuple(given), kept))
         return own(tokens, cache, widths=widths, keep=keep, **options)
 
     backbone.run = run  # type: ignore[method-assign]
@@ -76,14 +92,21 @@ def passes_of(backbone: Backbone) -> Iterator[list[Ran]]:
         del backbone.run
 
 
-def pass_flops_computed(backbone: Backbone, costs: PassCosts, *, width: int, context: int, num_logits: int) -> int:
-    """What a pass of one row computes when its positions and entries come in blocks, by the costs of each."""
+def pass_flops_computed(
+    backbone: Backbone, costs: PassCosts, *, width: int, contexts: Sequence[int], num_logits: int
+) -> int:
+    """What a pass of rows behind `contexts` computes when its positions and entries come in blocks."""
     positions = width if backbone.recurrent_layers else round_up(width, QUERY_BLOCK)
-    num_keys = round_up(context + width, KEY_BLOCK)
-    visibility = Visibility([context], positions, num_keys, device=backbone.device, dtype=backbone.dtype)
-    seen = sum(section.num_blocks * QUERY_BLOCK * section.num_keys for section in visibility.sections)
-    work = positions * costs.per_position + num_logits * costs.per_logit + seen * costs.per_visible
-    return (work + num_keys * costs.per_entry).forward_flops
+    num_keys = round_up(max(contexts) + width, KEY_BLOCK)
+    visibility = Visibility(contexts, positions, num_keys, device=backbone.device, dtype=backbone.dtype)
+    sections = visibility.sections
+    seen = QUERY_BLOCK * sum(_num_rows(each, contexts) * each.num_blocks * each.num_keys for each in sections)
+    of_row = positions * costs.per_position + num_logits * costs.per_logit + num_keys * costs.per_entry
+    return (len(contexts) * of_row + seen * costs.per_visible).forward_flops
+
+
+def _num_rows(section: Section, contexts: Sequence[int]) -> int:
+    return len(range(len(contexts))[section.rows])
 
 
 def committed_bytes(cache: PrefixCache, row: int = 0) -> int:

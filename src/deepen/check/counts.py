@@ -92,7 +92,7 @@ class _Ledger:
             counted = counted_flops(
                 lambda: backbone.run(ids[:, context:], cache), positions_before=self._columns_before
             )
-        told = pass_flops_computed(backbone, self._costs, width=width, context=context, num_logits=width)
+        told = pass_flops_computed(backbone, self._costs, width=width, contexts=[context], num_logits=width)
         self._hold(counted, told, f"a pass over {width} tokens behind {context}")
 
     @cached_property

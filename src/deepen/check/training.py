@@ -1,7 +1,7 @@
 """Checks of a method's training step, and of what is saved of it."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,22 +46,12 @@ class _Step:
         """All of it; raises `Fault`."""
         text = self._subject.text(effort.length, seed=61, batch=2).tolist()
         rows = [text[0], text[1][: effort.length // 2]]
-        batch = self._batch(rows)
+        batch = batch_of(rows)
         whole = self._output(batch)
         self._check_pads(batch, whole)
-        if self._draws(batch):
-            # What is drawn for a row alone isn't what is drawn for it in the batch.
-            return Passed(2)
-        self._check_sums(rows, whole)
+        self._check_sums(batch, whole)
         self._check_gradients(whole)
         return Passed(3)
-
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        batch, device = batch_of(rows), self._subject.device
-        return Batch(batch.input_ids.to(device), batch.lengths.to(device))
-
-    def _draws(self, batch: Batch) -> bool:
-        return self._prepared(batch) is not batch
 
     def _prepared(self, batch: Batch) -> Batch:
         with torch.random.fork_rng(devices=[]):
@@ -69,14 +59,17 @@ class _Step:
             return self._method.prepare(batch, _PROGRESS)
 
     def _output(self, batch: Batch) -> StepOutput:
-        prepared = self._prepared(batch)
+        return self._step_on(self._prepared(batch))
+
+    def _step_on(self, prepared: Batch) -> StepOutput:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
-            return self._method.train_step(prepared, self._method.begin(prepared), _PROGRESS)
+            there = prepared.to(self._subject.device)
+            return self._method.train_step(there, self._method.begin(there), _PROGRESS)
 
     def _check_pads(self, batch: Batch, whole: StepOutput) -> None:
         pads = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device) >= batch.lengths[:, None]
-        garbage = self._subject.text(batch.input_ids.shape[1], seed=62, batch=len(batch.lengths))
+        garbage = self._subject.text(batch.input_ids.shape[1], seed=62, batch=len(batch.lengths)).cpu()
         other = self._output(replace(batch, input_ids=torch.where(pads, garbage, batch.input_ids)))
         self._compare(
             _totals(other),
@@ -85,8 +78,11 @@ class _Step:
             "pads are counted: they are known from `lengths` alone, and may hold any id",
         )
 
-    def _check_sums(self, rows: Sequence[Sequence[int]], whole: StepOutput) -> None:
-        parts = [self._output(self._batch([row])) for row in rows]
+    def _check_sums(self, batch: Batch, whole: StepOutput) -> None:
+        """However the rows of a step, which is prepared as a whole, are divided."""
+        prepared = self._prepared(batch)
+        rows = [prepared.rows([index]) for index in range(len(batch.lengths))]
+        parts = [self._step_on(row) for row in rows]
         sums = {
             name: sum((_totals(part)[name] for part in parts), start=torch.zeros((), dtype=torch.float64))
             for name in whole.losses
@@ -98,9 +94,7 @@ class _Step:
             "a term is a mean, not a sum with its unit, or rows of the batch reach each other: the trainer divides "
             "once, by the count over all ranks and micro-batches",
         )
-        counts = [
-            dict(self._method.count(self._prepared(self._batch(given)))) for given in (rows, *([row] for row in rows))
-        ]
+        counts = [dict(self._method.count(each)) for each in (prepared, *rows)]
         for unit, count in counts[0].items():
             if count != sum(part.get(unit, 0) for part in counts[1:]):
                 raise Fault(

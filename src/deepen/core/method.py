@@ -62,6 +62,7 @@ class RecursiveModel(Decoder, Protocol):
 
         It gets all rows of an optimizer step, on the CPU and from a seed of that step, whatever number of ranks and
         micro-batches they are divided over afterwards: so the same is drawn, and counted, however a step is divided.
+        Raises `CannotTrain` as `train_step` does.
         """
 
     def count(self, batch: Batch) -> Mapping[Unit, int]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-Unit = Literal["token", "chunk", "sequence"]
+Unit = Literal["token", "masked", "chunk", "sequence"]
 Cut = Literal["document", "packed"]
 """document: a row holds one document, or a part of it; packed: rows are full, and may hold several."""
 

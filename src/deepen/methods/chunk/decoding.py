@@ -13,8 +13,10 @@ width every time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from deepen.backbones.hf import Backbone
@@ -86,6 +88,7 @@ class ExactDecoder:
             pending=[NO_DRAFT for _ in opened.rows],
         )
 
+    @torch.no_grad()
     def advance(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
         """One pass; every row commits at least one token and at most W."""
         if not self._reset_all:
@@ -177,7 +180,8 @@ class ExactDecoder:
         assert self._sidecar is not None, "slots are drafted by an enabled sidecar only"
         # A row with slots holds one clean token and nothing else.
         inputs = [[ids[-1], *draft.tokens] for ids, draft in zip(decoding.rows, read, strict=True)]
-        return run_slots(self._backbone, self._sidecar, decoding.cache, inputs, num_slots)
+        run = partial(self._backbone.run, cache=decoding.cache)
+        return run_slots(self._backbone, self._sidecar, run, inputs, num_slots).logits
 
 
 def _empty(num_slots: int) -> Draft:

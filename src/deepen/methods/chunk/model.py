@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from deepen.backbones.costs import pass_costs, pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CannotTrain, ConfigError, PromptError
+from deepen.backbones.recurrence import use_delta_attention
+from deepen.core.errors import ConfigError, PromptError
 from deepen.core.method import Sampler
 from deepen.core.tensors import fill
 from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit, Work
@@ -24,17 +25,15 @@ from deepen.generate.sampling import SamplingConfig
 from deepen.generate.scoring import score_in_chunks
 from deepen.generate.stop import StopConfig
 from deepen.generate.verify import Decoding
+from deepen.methods.chunk import training
 from deepen.methods.chunk.config import CellPlan, RecursiveConfig, resolve_for_base
 from deepen.methods.chunk.decoding import ExactDecoder
 from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell
 from deepen.methods.chunk.passes import Sidecar, refine_slots
 from deepen.methods.chunk.refined import RefinedDecoder
+from deepen.methods.chunk.rows import ChunkBatch
 from deepen.methods.chunk.scoring import score_refined
-
-# Learning rates and decay of phase A (sidecar only); the boundary head learns a little faster than the rest.
-SIDECAR_LEARNING_RATE = 3e-4
-BOUNDARY_LEARNING_RATE = 5e-4
-WEIGHT_DECAY = 0.05
+from deepen.methods.chunk.work import step_work
 
 
 class ChunkRefineWrapper(nn.Module):
@@ -87,6 +86,7 @@ class ChunkRefineWrapper(nn.Module):
             self.mask_token = MaskToken(hidden_size).to(backbone.device)
         if not backbone.embedding_weight.is_meta:
             self.mask_token.initialise_from(backbone.embedding_weight)
+        training.train_only_these(self._sidecar(), config)
 
     def _new_cell(self, layer: int) -> RefineCell:
         # A model spread over devices runs each cell where its layer is; a shared cell stays with the first one.
@@ -205,27 +205,28 @@ class ChunkRefineWrapper(nn.Module):
         return door.Door(self, self.base, streamer)
 
     def begin(self, batch: Batch) -> None:
-        """Nothing is carried from batch to batch."""
+        """Nothing is carried from batch to batch; layers of delta attention compute with deepen's op from now on."""
+        use_delta_attention(self.base)
 
-    def prepare(self, batch: Batch, progress: Progress) -> Batch:
-        """Nothing is drawn."""
-        return batch
+    def prepare(self, batch: Batch, progress: Progress) -> ChunkBatch:
+        """Draw chunks, and in refined mode how they are corrupted."""
+        return training.prepare(batch, self.config, self.backbone, progress)
 
     def count(self, batch: Batch) -> dict[Unit, int]:
-        """Predicted tokens."""
-        return {"token": int(batch.predicted().sum())}
+        """Predicted and corrupted tokens of the chunks, and chunks."""
+        return training.count(training.drawn(batch))
 
-    def train_step(self, batch: Batch, carry: Any, progress: Progress) -> StepOutput:
-        """Raises: training the sidecar is not part of this version."""
-        raise self._no_training()
+    def train_step(self, batch: Batch, carry: None, progress: Progress) -> StepOutput:
+        """Loss sums of the mode; see training_exact.py and training_refined.py."""
+        training.require_phase(self.config)
+        rows = training.drawn(batch)
+        trained = [parameter for group in self.optim_groups() for parameter in group["params"]]
+        return training.step(self.backbone, self._parts(self.config), self.config, rows, trained)
 
     def step_work(self, batch: Batch) -> Work:
-        """Raises as `train_step` does."""
-        raise self._no_training()
-
-    @staticmethod
-    def _no_training() -> CannotTrain:
-        return CannotTrain("a chunk sidecar can't be trained in this version; its untrained form drafts by 'lookup'")
+        """The walk's, the drafts' and all passes'; see work.py."""
+        training.require_phase(self.config)
+        return step_work(self.backbone, self._parts(self.config), self.config, training.drawn(batch))
 
     def after_step(self, statistics: Mapping[str, Tensor]) -> None:
         """No buffers move."""
@@ -238,18 +239,8 @@ class ChunkRefineWrapper(nn.Module):
         return score_in_chunks(self.backbone, batch, width=self.config.chunk_width)
 
     def optim_groups(self) -> list[dict[str, Any]]:
-        """The boundary head, and the rest of the sidecar; the base is in neither."""
-        sidecar = self._sidecar()
-        boundary = sidecar.pop("boundary", None)
-        rest = [parameter for module in sidecar.values() for parameter in module.parameters()]
-        groups: list[dict[str, Any]] = [
-            {"params": rest, "lr": SIDECAR_LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
-        ]
-        if boundary is not None:
-            groups.append(
-                {"params": list(boundary.parameters()), "lr": BOUNDARY_LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
-            )
-        return groups
+        """What the mode and the phase train; the base is in none."""
+        return training.optim_groups(self._sidecar())
 
     def shard_units(self) -> list[nn.Module]:
         """The base's layers and the cells."""

@@ -6,19 +6,26 @@ length the boundary head can name.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepen.backbones.cache import PrefixCache
-from deepen.backbones.hf import Backbone
+from deepen.backbones.hf import Backbone, LayerEdit
 from deepen.generate.verify import pad_rows
 from deepen.methods.chunk.config import Pooling
 from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell, sanitize
 
 # The refine state `[B, S]` of each refined layer, by its index.
 States = Mapping[int, Tensor]
+
+
+class Pass(Protocol):
+    """One pass of the base behind a prefix that it leaves as it is: `Backbone.run` or `Backbone.run_behind`."""
+
+    def __call__(self, tokens: Tensor, *, widths: Sequence[int], edit: LayerEdit) -> Tensor:
+        """Logits of embeddings `[B, W, D]`."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,18 @@ class RefinedPass:
     states: States
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class SlotPass:
+    """What a draft pass says: `logits` `[B, W, V]`, and `top` `[B, W, D]`, the last layer's output before its norm."""
+
+    logits: Tensor
+    top: Tensor
+
+
 def run_slots(
-    backbone: Backbone, sidecar: Sidecar, cache: PrefixCache, rows: Sequence[Sequence[int]], num_slots: Sequence[int]
-) -> Tensor:
-    """Logits `[B, W, V]` of a pass over `rows` whose last `num_slots[row]` positions are slots; cells act on those.
+    backbone: Backbone, sidecar: Sidecar, run: Pass, rows: Sequence[Sequence[int]], num_slots: Sequence[int]
+) -> SlotPass:
+    """A pass over `rows` whose last `num_slots[row]` positions are slots; cells act on those.
 
     Nothing is committed. What isn't a slot is as in a clean pass, bit for bit.
     """
@@ -93,12 +107,17 @@ def run_slots(
     positions = torch.arange(ids.shape[1], device=ids.device)
     firsts = widths - torch.tensor(num_slots, device=ids.device)
     slots = (positions >= firsts[:, None]) & (positions < widths[:, None])
+    top: list[Tensor] = []
 
     def edit(layer: int, h: Tensor) -> Tensor:
-        return refine_slots(sidecar.cell_of(layer), h, slots, sidecar.pooling)
+        h = refine_slots(sidecar.cell_of(layer), h, slots, sidecar.pooling)
+        if layer == backbone.num_layers - 1:
+            top.append(h)
+        return h
 
     embeddings = sanitize(sidecar.mask_token(backbone.embedding(ids), slots), slots)
-    return backbone.run(embeddings, cache, widths=widths.tolist(), edit=edit)
+    logits = run(embeddings, widths=widths.tolist(), edit=edit)
+    return SlotPass(logits, top[0])
 
 
 def refine_slots(cell: RefineCell | None, h: Tensor, slots: Tensor, pooling: Pooling) -> Tensor:
@@ -116,22 +135,33 @@ def refine_slots(cell: RefineCell | None, h: Tensor, slots: Tensor, pooling: Poo
 def run_refined(
     backbone: Backbone,
     sidecar: Sidecar,
-    cache: PrefixCache,
+    run: Pass,
     chunks: Sequence[Sequence[int]],
     states: States,
     edge: Tensor | None,
 ) -> RefinedPass:
     """Run a pass over `chunks` (an empty one takes no part), from the states and right edges of the pass before.
 
-    `states` lacks a layer, and `edge` is None, before the first pass. Nothing is committed. Needs a cache whose passes
-    can be forgotten.
+    `states` lacks a layer, and `edge` is None, before the first pass. Nothing is committed.
     """
     lengths = torch.tensor([len(chunk) for chunk in chunks], device=backbone.device)
-    ids = pad_rows(chunks, backbone.device)
-    embeddings = backbone.embedding(ids)
+    embeddings = backbone.embedding(pad_rows(chunks, backbone.device))
+    return run_refined_embeddings(backbone, sidecar, run, embeddings, lengths, states, edge)
+
+
+def run_refined_embeddings(
+    backbone: Backbone,
+    sidecar: Sidecar,
+    run: Pass,
+    embeddings: Tensor,
+    lengths: Tensor,
+    states: States,
+    edge: Tensor | None,
+) -> RefinedPass:
+    """As `run_refined`, over embeddings `[B, W, D]` of which each row has its length."""
     widths = lengths
     if sidecar.latent_token is not None:
-        latent = sidecar.latent_token.embed(len(chunks), base_embedding_weight=backbone.embedding_weight, top=edge)
+        latent = sidecar.latent_token.embed(len(lengths), base_embedding_weight=backbone.embedding_weight, top=edge)
         embeddings = _with_latent(embeddings, lengths, latent)
         widths = torch.where(lengths > 0, lengths + 1, 0)
     positions = torch.arange(embeddings.shape[1], device=backbone.device)
@@ -146,9 +176,9 @@ def run_refined(
             top.append(h)
         return h
 
-    logits = backbone.run(embeddings, cache, widths=widths.tolist(), edit=edit)
+    logits = run(embeddings, widths=widths.tolist(), edit=edit)
     last = (widths - 1).clamp(min=0).to(top[0].device)
-    at_edge = top[0][torch.arange(len(chunks), device=last.device), last]
+    at_edge = top[0][torch.arange(len(lengths), device=last.device), last]
     right_edge = backbone.final_norm(at_edge[:, None])
     p_commit, length = sidecar.boundary(right_edge)
     return RefinedPass(logits, right_edge[:, 0], p_commit, length, moved)

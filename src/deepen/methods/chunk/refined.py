@@ -8,6 +8,7 @@ them proposed. Passes but the clean one start from the same prefix and leave not
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -173,7 +174,8 @@ class RefinedDecoder:
         if not any(rows):
             return
         num_slots = [max(0, len(row) - 1) for row in rows]
-        logits = run_slots(self.backbone, self._sidecar, decoding.cache, rows, num_slots)
+        run = partial(self.backbone.run, cache=decoding.cache)
+        logits = run_slots(self.backbone, self._sidecar, run, rows, num_slots).logits
         widths = [len(row) for row in rows]
         spent.add(widths, added_flops=self._sidecar.draft_flops(self.backbone.num_layers, widths))
         for row in _where([bool(ids) for ids in rows]):
@@ -188,15 +190,14 @@ class RefinedDecoder:
             tokens = [[] if chunk.done else chunk.tokens for chunk in chunks]
             if not any(tokens):
                 break
-            result = run_refined(
-                self.backbone, self._sidecar, self._cache_of_pass(decoding, spent), tokens, states, edge
-            )
+            run = partial(self.backbone.run, cache=self._cache_of_pass(decoding, spent))
+            result = run_refined(self.backbone, self._sidecar, run, tokens, states, edge)
             widths = [len(row) + self._latents(row) for row in tokens]
             added = self._sidecar.refined_flops(self.backbone.num_layers, widths, is_first=step == 0)
             spent.add(widths, added_flops=added)
             states, edge = result.states, result.edge
             for row in _where([bool(ids) for ids in tokens]):
-                self._take(decoding, sampler, row, chunks[row], result)
+                self.take(decoding, sampler, row, chunks[row], result)
                 chunks[row].done = chunks[row].p_commit >= self.config.commit_threshold
             if self.config.cache_reset_policy == "keep_all" and step + 1 < self.config.max_inner_steps:
                 decoding.cache.commit([len(row) for row in tokens])
@@ -209,9 +210,8 @@ class RefinedDecoder:
 
     def read_with(self, decoding: RefinedDecoding, chunks: Sequence[Sequence[int]], states: States) -> Tensor:
         """Logits `[B, W, V]` of a refined pass over `chunks`, to score them; [Z], which no token sees, is left out."""
-        return run_refined(
-            self.backbone, replace(self._sidecar, latent_token=None), decoding.cache, chunks, states, None
-        ).logits
+        run = partial(self.backbone.run, cache=decoding.cache)
+        return run_refined(self.backbone, replace(self._sidecar, latent_token=None), run, chunks, states, None).logits
 
     def _latents(self, chunk: Sequence[int]) -> int:
         return int(bool(chunk) and self._sidecar.latent_token is not None)
@@ -224,7 +224,7 @@ class RefinedDecoder:
         spent.add_passes(read(self.backbone, fresh, decoding.rows))
         return fresh
 
-    def _take(self, decoding: RefinedDecoding, sampler: Sampler, row: int, chunk: Chunk, result: RefinedPass) -> None:
+    def take(self, decoding: RefinedDecoding, sampler: Sampler, row: int, chunk: Chunk, result: RefinedPass) -> None:
         """What one pass says of one row's chunk: edits, and whether and where it ends."""
         logits = result.logits[row, : len(chunk.tokens) - 1]
         chosen = self._choose(decoding, sampler, row, logits, chunk.tokens[:1], chunk.tokens[1:])

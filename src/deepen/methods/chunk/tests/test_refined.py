@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -235,7 +235,7 @@ def test_passes_are_those_of_the_equations(name: str, rows: list[tuple[list[int]
     edge = None
     sidecar = model._refined(model.config)._sidecar
     for _ in range(passes):
-        result = run_refined(base, sidecar, cache_, [chunk for _, chunk in rows], states, edge)
+        result = run_refined(base, sidecar, partial(base.run, cache=cache_), [chunk for _, chunk in rows], states, edge)
         states, edge = result.states, result.edge
     for row, (prefix, chunk) in enumerate(rows):
         expected = oracle(model, prefix, chunk, passes)
@@ -330,7 +330,9 @@ def passes_with_gradient(model: ChunkRefineWrapper) -> Tensor:
         fresh = model.backbone.new_cache(batch_size=1, capacity=20)
         model.backbone.run(torch.tensor([[5, 6, 7]]), fresh)
         fresh.commit([3])
-        result = run_refined(model.backbone, sidecar, fresh, [[8, 9, 10, 11]], states, edge)
+        result = run_refined(
+            model.backbone, sidecar, partial(model.backbone.run, cache=fresh), [[8, 9, 10, 11]], states, edge
+        )
         states, edge = result.states, result.edge
         total = total + result.logits[:, :4].sin().sum() + result.p_commit.sum() + result.length.sin().sum()
     return total

@@ -1,0 +1,123 @@
+"""Training the sidecar: what trains in which mode and phase, and one step of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepen.backbones.hf import Backbone
+from deepen.core.errors import CannotTrain, DeepenError
+from deepen.core.types import Batch, LossTerm, Mean, Progress, StepOutput, Unit
+from deepen.methods.chunk import training_exact, training_refined
+from deepen.methods.chunk.config import RecursiveConfig
+from deepen.methods.chunk.passes import Sidecar
+from deepen.methods.chunk.rows import ChunkBatch, draw_rows
+
+# Learning rates and decay of phase A; the boundary head learns a little faster than the rest.
+SIDECAR_LEARNING_RATE = 3e-4
+BOUNDARY_LEARNING_RATE = 5e-4
+WEIGHT_DECAY = 0.05
+
+
+def is_trained(name: str, config: RecursiveConfig) -> bool:
+    """Whether the sidecar's tensor of this name gets a gradient in the configuration's mode and phase.
+
+    Exact mode drafts in one pass, without a state and without [Z], and names no length. In refined mode nothing leads
+    from the top of [Z] to its bottom in a single pass, and slots are met in corrupted chunks alone.
+    """
+    if config.phase == "none":
+        return False
+    if config.commit_mode == "exact":
+        return not ("state_upd" in name or name.startswith("latent_token") or "len_head" in name)
+    if "top_to_bottom" in name:
+        return config.max_inner_steps > 1
+    if name.startswith("mask_token"):
+        return config.lambda_masked > 0
+    return True
+
+
+def train_only_these(sidecar: Mapping[str, nn.Module], config: RecursiveConfig) -> None:
+    """Freeze what gets no gradient, so that it is neither counted as trained nor decayed."""
+    for part, module in sidecar.items():
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(is_trained(f"{part}.{name}", config))
+
+
+def optim_groups(sidecar: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+    """The trained tensors of the boundary head, and of the rest."""
+    boundary = [p for part, module in sidecar.items() if part == "boundary" for p in _trained(module)]
+    rest = [p for part, module in sidecar.items() if part != "boundary" for p in _trained(module)]
+    groups = [
+        {"params": rest, "lr": SIDECAR_LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+        {"params": boundary, "lr": BOUNDARY_LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
+def require_phase(config: RecursiveConfig) -> None:
+    """Raises `CannotTrain` where nothing is to be trained."""
+    if not config.recursive_enabled:
+        raise CannotTrain("recursive_enabled is false: there is no sidecar to train; set it to true")
+    if config.phase == "none":
+        raise CannotTrain(
+            'phase is "none", in which nothing is trained; set phase to "a" (the sidecar), or take the preset '
+            "recursive_phase_a"
+        )
+    if config.phase in ("b", "c"):
+        raise CannotTrain(f'phase "{config.phase}" is not part of this version; set phase to "a"')
+
+
+def prepare(batch: Batch, config: RecursiveConfig, backbone: Backbone, progress: Progress) -> ChunkBatch:
+    """The batch with chunks drawn in it."""
+    require_phase(config)
+    refines = config.commit_mode == "refined"
+    context = backbone.context_length
+    return draw_rows(
+        batch,
+        config,
+        progress,
+        vocab_size=backbone.vocab_size,
+        least_anchor=training_refined.LEAST_ANCHOR if refines else training_exact.LEAST_ANCHOR,
+        # [Z] stands behind a chunk.
+        num_places=None if context is None else context - int(refines and config.use_latent_token),
+    )
+
+
+def drawn(batch: Batch) -> ChunkBatch:
+    """The batch as `prepare` made it."""
+    if not isinstance(batch, ChunkBatch):
+        raise DeepenError("a training step takes a batch with chunks drawn in it, as prepare() makes it")
+    return batch
+
+
+def count(batch: ChunkBatch) -> dict[Unit, int]:
+    """What the losses are summed over."""
+    return {"token": batch.num_targets, "masked": batch.num_masked, "chunk": batch.num_chunks}
+
+
+def step(
+    backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch, trained: list[nn.Parameter]
+) -> StepOutput:
+    """Loss sums over the chunks; zeros, with a gradient of zeros, where there is no chunk."""
+    make = training_refined.refined_step if config.commit_mode == "refined" else training_exact.exact_step
+    if batch.num_chunks:
+        return make(backbone, sidecar, config, batch)
+    nothing = sum((0.0 * parameter.sum() for parameter in trained), start=torch.zeros((), device=backbone.device))
+    return _of_no_chunk(config, nothing)
+
+
+def _of_no_chunk(config: RecursiveConfig, nothing: Tensor) -> StepOutput:
+    """The same names as of any step, since ranks sum them by name."""
+    if config.commit_mode == "refined":
+        units, metrics = training_refined.UNITS, list(training_refined.METRICS)
+    else:
+        units, metrics = training_exact.UNITS, training_exact.metric_names(config.chunk_width)
+    return StepOutput(
+        losses={name: LossTerm(nothing, unit) for name, unit in units.items()},
+        metrics={name: Mean(0.0, 0.0) for name in metrics},
+    )
