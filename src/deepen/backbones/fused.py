@@ -9,6 +9,7 @@ layer's own forward to rounding; like packed linears (nn/linear.py), they have t
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from deepen.backbones.attention import visibility_of_pass
 from deepen.backbones.cache import PrefixCache
 from deepen.nn.attention import Visibility, attend
-from deepen.nn.linear import PackedProduct, can_pack, wants_gradient
+from deepen.nn.linear import Addition, PackedProduct, can_pack, wants_gradient
 
 # What a layer is made of: another part may compute something else, whatever its parts are called.
 _PARTS = {
@@ -64,7 +65,8 @@ class FusedForward:
     """Stands in for the `forward` of one llama layer.
 
     It serves passes without gradients. In training, under autocast, with a hook on one of the layer's parts or with a
-    part or its forward replaced (an adapter), the layer computes as before.
+    part or its forward replaced (an adapter), the layer computes as before. Only hooks that are an `Addition` don't
+    stand in the way: they act here as they would there.
     """
 
     def __init__(self, layer: LlamaDecoderLayer) -> None:
@@ -79,31 +81,37 @@ class FusedForward:
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
         self._activation = mlp.act_fn
         self._index = attention.layer_idx
-        self._qkv = PackedProduct(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = PackedProduct(attention.o_proj)
-        self._gate_up = PackedProduct(mlp.gate_proj, mlp.up_proj)
-        self._down = PackedProduct(mlp.down_proj)
+        self._qkv = _Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = _Product(attention.o_proj)
+        self._gate_up = _Product(mlp.gate_proj, mlp.up_proj)
+        self._down = _Product(mlp.down_proj)
         self._head_dim = attention.head_dim
         self._num_values = attention.v_proj.out_features // attention.head_dim
         self._rotation: _Rotation | None = None
 
     def begin(self, rotation: "_Rotation") -> None:
         """Compute fused from now on, with the rotation that the layers of a pass share, if nothing is in the way."""
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._layer.parameters())
-        if learning or self._layer.training or torch.is_autocast_enabled("cpu") or self._changed():
+        if self._learns() or self._layer.training or torch.is_autocast_enabled("cpu") or self._changed():
             return
-        if all(product.refresh() for product in self._products):
+        if all(product.packed.refresh() for product in self._products):
             self._scale = self._layer.self_attn.scaling
             self._rotation = rotation
 
     def recheck(self) -> None:
         """Look for writes to the weights that leave no other trace; see `PackedProduct`."""
         for product in self._products:
-            product.recheck()
+            product.packed.recheck()
 
     @property
-    def _products(self) -> tuple[PackedProduct, ...]:
+    def _products(self) -> tuple["_Product", ...]:
         return self._qkv, self._out, self._gate_up, self._down
+
+    def _learns(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        hooks = [hook for _, _, _, hooks, _ in self._parts for hook in hooks.values()]
+        added = any(hook.learns for hook in hooks if isinstance(hook, Addition))
+        return added or any(parameter.requires_grad for parameter in self._layer.parameters())
 
     def end(self) -> None:
         """Be the layer's own forward again."""
@@ -114,7 +122,9 @@ class FusedForward:
             return True
         # Each layer asks before each pass, so this is a plain loop.
         for children, name, part, hooks, pre_hooks in self._parts:
-            if children.get(name) is not part or hooks or pre_hooks or "forward" in part.__dict__:
+            if children.get(name) is not part or pre_hooks or "forward" in part.__dict__:
+                return True
+            if hooks and not all(isinstance(hook, Addition) for hook in hooks.values()):
                 return True
         return False
 
@@ -143,6 +153,25 @@ class FusedForward:
         h = h + self._out(attended.flatten(-2))
         gate, up = self._gate_up(_normed(h, norm_mlp)).chunk(2, dim=-1)
         return h + self._down(self._activation(gate) * up)
+
+
+class _Product:
+    """The stacked product of some linears of a layer, with what additions make of each one's share."""
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        self.packed = PackedProduct(*linears)
+        ends = accumulate(linear.out_features for linear in linears)
+        self._shares = [slice(start, end) for start, end in pairwise([0, *ends])]
+        self._hooks = [linear._forward_hooks for linear in linears]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.packed(x)
+        if any(self._hooks):
+            for share, hooks in zip(self._shares, self._hooks, strict=True):
+                for addition in hooks.values():
+                    assert isinstance(addition, Addition), "another hook makes the layer compute as itself"
+                    addition.apply_(x, y[..., share])
+        return y
 
 
 class _Rotation:

@@ -34,6 +34,7 @@ class Visibility:
         self, offsets: Sequence[int], width: int, num_keys: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         """`num_keys` is S, a multiple of KEY_BLOCK that covers every real position of the pass."""
+        self.offsets, self.width, self.num_keys = tuple(offsets), width, num_keys
         self.sections = list(_sections(offsets, width, num_keys, device, dtype))
         self.used = False
         """Whether any attention has asked for it: a model whose attention did not would see its own future."""

@@ -9,6 +9,7 @@ The operators are private to torch and serve inference alone: where a gradient i
 dtypes, a packed layer computes `F.linear` as before.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,29 @@ class PackedProduct:
 
     def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+
+
+class Addition(ABC):
+    """A forward hook of a linear that changes its output at some positions and leaves the others' bits alone.
+
+    Where linears are computed together, and none of them is called, whoever does so applies it to the linear's share
+    of the result.
+    """
+
+    @property
+    @abstractmethod
+    def learns(self) -> bool:
+        """Whether it has weights that get a gradient where gradients are computed."""
+
+    @abstractmethod
+    def apply_(self, x: Tensor, y: Tensor) -> None:
+        """In place in `y` `[.., N]`, which the linear makes of `x` `[.., K]`."""
+
+    def __call__(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # A copy: the output may be held elsewhere, and a gradient may need it as it was.
+        changed = output.clone(memory_format=torch.contiguous_format)
+        self.apply_(inputs[0], changed)
+        return changed
 
 
 class PackedForward:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import ConfigError
-from deepen.core.hints import did_you_mean
+from deepen.backbones.linears import is_transposed, linears_of, named
 from deepen.core.tensors import fill
 
 from .config import DenseConfig
@@ -64,29 +63,8 @@ class LoraAdapters(nn.Module):
 
 def _targets(config: DenseConfig, backbone: Backbone) -> dict[str, nn.Module]:
     """The linears that get LoRA, by path."""
-    chosen = [backbone.layers[index] for index in config.layers_of(backbone.num_layers)]
-    wanted = {module for layer in chosen for module in layer.modules() if _is_linear(module)}
-    linears = {path: module for path, module in backbone.model.named_modules() if module in wanted}
-    if isinstance(config.lora_targets, str):
-        return linears
-    for target in config.lora_targets:
-        if not any(_ends(path, target) for path in linears):
-            names = {path.rpartition(".")[2] for path in linears}
-            raise ConfigError(f'lora_targets names "{target}", which is no linear there{did_you_mean(target, names)}')
-    return {path: each for path, each in linears.items() if any(_ends(path, target) for target in config.lora_targets)}
-
-
-def _ends(path: str, target: str) -> bool:
-    return f".{path}".endswith(f".{target}")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # GPT-2's Conv1D is a linear with its weight transposed; peft knows it, too.
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
+    linears = linears_of(backbone, config.layers_of(backbone.num_layers))
+    return linears if isinstance(config.lora_targets, str) else named(linears, config.lora_targets)
 
 
 def _made_by_peft(config: DenseConfig, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -99,7 +77,7 @@ def _made_by_peft(config: DenseConfig, linears: Mapping[str, nn.Module]) -> dict
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=r"\d+",
-        fan_in_fan_out=any(map(_is_transposed, linears.values())),
+        fan_in_fan_out=any(map(is_transposed, linears.values())),
     )
     # Not in the model: there peft takes names like down_proj in a mixture of experts for stacked weights.
     apart = nn.ModuleList(linears.values())
