@@ -85,7 +85,7 @@ def model(untrained) -> Any:
 
 
 def unless_refused(action: Callable[[], Any]) -> Any:
-    """What `action` gives; None if nothing is to be trained, or if it is refused, which must be said in as many words."""
+    """What `action` gives; None if nothing is to be trained, or if it is refused in so many words."""
     try:
         return action()
     except CannotTrain:

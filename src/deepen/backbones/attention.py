@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -12,11 +13,39 @@ from deepen.nn.attention import Visibility, attend
 
 _NAME = "deepen_pass"
 _visibility: ContextVar[Visibility | None] = ContextVar("visibility", default=None)
+_places: ContextVar["PassPlaces | None"] = ContextVar("places", default=None)
+
+
+@dataclass(frozen=True)
+class PassPlaces:
+    """Where the positions of a pass stand among the entries that its layers read.
+
+    Row r's position i, of `width`, is entry `offsets[r] + i` of `num_keys`.
+    """
+
+    offsets: tuple[int, ...]
+    width: int
+    num_keys: int
 
 
 def visibility_of_pass() -> Visibility | None:
     """What the positions of the pass that is running may see; None outside of passes."""
     return _visibility.get()
+
+
+def places_of_pass() -> PassPlaces | None:
+    """Where the positions of the pass that is running stand; None outside of passes."""
+    return _places.get()
+
+
+@contextmanager
+def at_places(places: PassPlaces) -> Iterator[None]:
+    """A pass whose positions stand there lasts until the block ends."""
+    token = _places.set(places)
+    try:
+        yield
+    finally:
+        _places.reset(token)
 
 
 @contextmanager
@@ -26,7 +55,8 @@ def attention_of_pass(config: object, visibility: Visibility) -> Iterator[None]:
     token = _visibility.set(visibility)
     config._attn_implementation_internal = _NAME  # type: ignore[attr-defined]
     try:
-        yield
+        with at_places(PassPlaces(visibility.offsets, visibility.width, visibility.num_keys)):
+            yield
     finally:
         config._attn_implementation_internal = before  # type: ignore[attr-defined]
         _visibility.reset(token)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from deepen.backbones.attention import visibility_of_pass
+from deepen.backbones.attention import places_of_pass
 from deepen.backbones.hf import Backbone
 from deepen.backbones.linears import linears_of, named, sizes_of, visited_by_all
 from deepen.core.errors import ConfigError, DeepenError, UnsupportedBackbone
@@ -55,6 +55,7 @@ class GatedLora(nn.Module):
         _check(backbone, rank, alpha, layers, targets)
         found = visited_by_all(linears_of(backbone, layers), backbone.model)
         self._linears = found if targets is None else named(found, targets)
+        self.layers = tuple(layers)
         self._backbone = backbone
         self._scale = alpha / rank
         self.weights = nn.ModuleList(LowRank(linear, rank) for linear in self._linears.values())
@@ -63,8 +64,8 @@ class GatedLora(nn.Module):
     def acting_at(self, mask: Bool[Tensor, "B W"]) -> Iterator[None]:
         """In the block, passes of the backbone compute with LoRA at these positions; blocks in each other add up.
 
-        A pass may be wider: what is behind the mask is clean. Forwards of the model outside of `Backbone.run` must have
-        its width and no cache. A backward that runs parts of the forward again (activation checkpointing) belongs in
+        A pass may be wider: what is behind the mask is clean. Forwards of the model that are no pass must have its
+        width and no cache. A backward that runs parts of the forward again (activation checkpointing) belongs in
         the block. Other threads wait to pass until it ends. An element to add that isn't finite is left out.
         """
         positions = _Positions(mask)
@@ -138,11 +139,11 @@ class _Positions:
 
         Vectors are counted through all dimensions.
         """
-        visibility = visibility_of_pass()
+        pass_ = places_of_pass()
         at_start = (0,) * self._batch
         offsets, width, num_entries = at_start, self._width, self._width
-        if visibility is not None:
-            offsets, width, num_entries = visibility.offsets, visibility.width, visibility.num_keys
+        if pass_ is not None:
+            offsets, width, num_entries = pass_.offsets, pass_.width, pass_.num_keys
         if len(offsets) != self._batch or width < self._width:
             raise DeepenError(
                 f"LoRA acts at positions of a mask {[self._batch, self._width]}, and the pass in its block is over "

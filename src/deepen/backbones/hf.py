@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Walk
-from deepen.backbones.attention import attention_of_pass
+from deepen.backbones.attention import PassPlaces, at_places, attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
@@ -258,7 +258,8 @@ class Backbone:
         cache = prefix.begin(widths)
         positions = prefix.anchors.lengths[:, None] + torch.arange(width).clamp(max=_last(widths)[:, None])
         recurrence = recurrence_of_pass(self._delta_forwards)
-        with _lock_of(self.model), recurrence, _layer_edits(self.layers, edit, width):
+        places = at_places(PassPlaces((prefix.num_keys,) * len(widths), width, prefix.num_keys + width))
+        with _lock_of(self.model), recurrence, places, _layer_edits(self.layers, edit, width):
             logits: Tensor = self.model(
                 **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens},
                 attention_mask=_bias(prefix.visible(width, device=self.device), self.dtype),

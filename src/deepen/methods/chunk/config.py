@@ -144,6 +144,8 @@ class RecursiveConfig(Config):
     # Distillation from the base on the slots, and the slots over which its position weight falls by a factor e.
     lambda_distill: float = 1.0
     distill_gamma: float = 4.0
+    # Rank of phase b's LoRA, on the linears of the last third of the layers.
+    lora_rank: int = 8
     # Chunks drawn of each text of a training batch, at most.
     anchors_per_text: int = 8
     # What trains: nothing, "a" the sidecar, "b" LoRA too, "c" every fourth layer of the base too.
@@ -168,7 +170,15 @@ class RecursiveConfig(Config):
         ]
 
     def _wrong_sizes(self) -> list[str]:
-        sizes = ("chunk_width", "max_inner_steps", "max_chunk_len", "d_state", "gate_hidden", "anchors_per_text")
+        sizes = (
+            "chunk_width",
+            "max_inner_steps",
+            "max_chunk_len",
+            "d_state",
+            "gate_hidden",
+            "anchors_per_text",
+            "lora_rank",
+        )
         messages = [f"{name} must be positive" for name in sizes if getattr(self, name) <= 0]
         if self.refine_hidden is not None and self.refine_hidden <= 0:
             messages.append("refine_hidden must be positive, or null for a width by the base's size")

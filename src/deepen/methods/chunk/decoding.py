@@ -167,12 +167,13 @@ class ExactDecoder:
         ]
         spent = spent_on(self._backbone, read)
         if any(num_slots):
-            spent += self._spent_in_cells([1 + len(draft.tokens) for draft in read])
+            spent += self._spent_in_sidecar([1 + len(draft.tokens) for draft in read], num_slots=sum(num_slots))
         return Advance(gained, spent)
 
-    def _spent_in_cells(self, widths: Sequence[int]) -> Spent:
+    def _spent_in_sidecar(self, widths: Sequence[int], *, num_slots: int) -> Spent:
         assert self._sidecar is not None, "slots are drafted by an enabled sidecar only"
-        return Spent(added_flops=self._sidecar.draft_flops(self._backbone.num_layers, widths))
+        flops = self._sidecar.draft_flops(self._backbone.num_layers, widths, num_slots=num_slots)
+        return Spent(added_flops=flops)
 
     def _run_with_slots(self, decoding: ChunkDecoding, read: Sequence[Draft], num_slots: Sequence[int]) -> Tensor:
         if not any(num_slots):

@@ -4,6 +4,7 @@ Everything trainable is the sidecar (cells, boundary head, [Z], slot embedding);
 own. `forward` is the base's. Decoding goes chunk by chunk through the committed prefix.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deepen.backbones.costs import pass_costs, pass_flops, row_state_bytes
+from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone
 from deepen.backbones.recurrence import use_delta_attention
 from deepen.core.errors import ConfigError, PromptError
@@ -58,6 +60,7 @@ class ChunkRefineWrapper(nn.Module):
         self.boundary: BoundaryHead | None = None
         self.latent_token: LatentToken | None = None
         self.mask_token: MaskToken | None = None
+        self.lora: GatedLora | None = None
         if self.config.recursive_enabled:
             self._add_sidecar()
             if self.config.cache_reset_policy == "keep_all":
@@ -84,6 +87,9 @@ class ChunkRefineWrapper(nn.Module):
             if config.use_latent_token:
                 self.latent_token = LatentToken(backbone.vocab_size, hidden_size).to(backbone.device)
             self.mask_token = MaskToken(hidden_size).to(backbone.device)
+        if config.phase == "b":
+            layers = range(backbone.num_layers - math.ceil(backbone.num_layers / 3), backbone.num_layers)
+            self.lora = GatedLora(backbone, rank=config.lora_rank, alpha=2.0 * config.lora_rank, layers=layers)
         if not backbone.embedding_weight.is_meta:
             self.mask_token.initialise_from(backbone.embedding_weight)
         training.train_only_these(self._sidecar(), config)
@@ -101,6 +107,7 @@ class ChunkRefineWrapper(nn.Module):
             "boundary": self.boundary,
             "latent_token": self.latent_token,
             "mask_token": self.mask_token,
+            "lora": self.lora,
         }
         return {name: module for name, module in parts.items() if module is not None}
 
@@ -157,7 +164,7 @@ class ChunkRefineWrapper(nn.Module):
 
     def _parts(self, config: RecursiveConfig) -> Sidecar:
         assert self.boundary is not None and self.mask_token is not None, "an enabled sidecar has all its parts"
-        return Sidecar(self._cell_of, self.boundary, self.latent_token, self.mask_token, config.pooling)
+        return Sidecar(self._cell_of, self.boundary, self.latent_token, self.mask_token, config.pooling, self.lora)
 
     @torch.no_grad()
     def generate_chunks(
@@ -251,22 +258,29 @@ class ChunkRefineWrapper(nn.Module):
         return {
             f"{part}.{name}": tensor
             for part, module in self._sidecar().items()
-            for name, tensor in module.state_dict().items()
+            for name, tensor in (module.tensors() if isinstance(module, GatedLora) else module.state_dict()).items()
         }
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a sidecar; a missing, unknown or misshapen tensor is a `CheckpointError` that names it."""
-        fill(self.saved_state(), state, what="the sidecar's tensors don't fit its configuration on this base")
+        """Take back a sidecar; a missing, unknown or misshapen tensor is a `CheckpointError` that names it.
+
+        One of an earlier phase, which had no LoRA, is gone on with: LoRA stays as it was built, and changes nothing.
+        """
+        own = self.saved_state()
+        if not any(name.startswith("lora.") for name in state):
+            own = {name: tensor for name, tensor in own.items() if not name.startswith("lora.")}
+        fill(own, state, what="the sidecar's tensors don't fit its configuration on this base")
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of a verify pass, which is the base's; other passes add `sidecar_flops` or `refined_flops`."""
         return pass_flops(self.backbone, num_positions=num_positions, context=context, num_logits=num_logits)
 
     def sidecar_flops(self, *, num_positions: int) -> int:
-        """Of the cells in one row's draft pass: they compute at all its positions, and count at the slots."""
+        """Of one row's draft pass over a clean position and slots: cells compute at all, LoRA at the slots."""
         if not self.config.recursive_enabled:
             return 0
-        return self._parts(self.config).draft_flops(self.backbone.num_layers, [num_positions])
+        parts = self._parts(self.config)
+        return parts.draft_flops(self.backbone.num_layers, [num_positions], num_slots=num_positions - 1)
 
     def refined_flops(self, *, num_positions: int, is_first: bool) -> int:
         """Of the whole sidecar in one row's refined pass over a chunk and [Z]; `is_first` if none went before it."""
@@ -319,7 +333,7 @@ class ChunkRefineWrapper(nn.Module):
         if self.plan is None or self.refine_cells is None:
             return {"layers refined": "none: recursive_enabled is false"}
         base_flops = self.flops(num_positions=1, context=0)
-        cell_flops = self.sidecar_flops(num_positions=1)
+        drafted_flops = self.sidecar_flops(num_positions=1) + (self.lora.flops_per_position if self.lora else 0)
         return {
             "layers refined": f"{len(self.plan.layers)} of {self.backbone.num_layers} ({_spans(self.plan.layers)})",
             "cells": "one, shared by these layers" if self.plan.shared else f"{self.plan.num_cells}, one a layer",
@@ -328,8 +342,8 @@ class ChunkRefineWrapper(nn.Module):
                 f"parameters of {part}": sum(parameter.numel() for parameter in module.parameters())
                 for part, module in self._sidecar().items()
             },
-            "extra FLOPs per drafted token": cell_flops,
-            "extra FLOPs, share of the base's": round(cell_flops / base_flops, 6),
+            "extra FLOPs per drafted token": drafted_flops,
+            "extra FLOPs, share of the base's": round(drafted_flops / base_flops, 6),
         }
 
     @property

@@ -5,6 +5,7 @@ length the boundary head can name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone, LayerEdit
 from deepen.generate.verify import pad_rows
 from deepen.methods.chunk.config import Pooling
@@ -37,16 +39,33 @@ class Sidecar:
     latent_token: LatentToken | None
     mask_token: MaskToken
     pooling: Pooling
+    lora: GatedLora | None = None
 
-    def draft_flops(self, num_layers: int, widths: Sequence[int]) -> int:
-        """FLOPs (2 per multiply-add) of the cells in a pass with slots over so many positions of each row.
+    def acting_at(self, positions: Tensor) -> AbstractContextManager[None]:
+        """In the block, passes compute with LoRA, if there is one, at these positions `[B, W]`."""
+        return nullcontext() if self.lora is None else self.lora.acting_at(positions)
 
-        Cells compute at every position; what they make of those that are no slots is dropped.
+    def draft_flops(self, num_layers: int, widths: Sequence[int], *, num_slots: int) -> int:
+        """FLOPs (2 per multiply-add) of cells and LoRA in a pass over so many positions of each row, with these slots.
+
+        Cells compute at every position; what they make of those that are no slots is dropped. LoRA computes at slots.
         """
+        return self._flops_of_cells(num_layers, widths) + num_slots * self._lora_flops
+
+    def _flops_of_cells(self, num_layers: int, widths: Sequence[int]) -> int:
         return sum(self._positions_of_a_cell(widths) * cell.flops_per_token for cell in self._cells(num_layers))
 
+    @property
+    def lora_layers(self) -> tuple[int, ...]:
+        """The layers that have it."""
+        return () if self.lora is None else self.lora.layers
+
+    @property
+    def _lora_flops(self) -> int:
+        return 0 if self.lora is None else self.lora.flops_per_position
+
     def refined_flops(self, num_layers: int, widths: Sequence[int], *, is_first: bool) -> int:
-        """FLOPs of cells, boundary head and [Z] in a refined pass over so many positions, [Z]'s too; 0 takes no part.
+        """FLOPs of the whole sidecar in a refined pass over so many positions of each row, [Z]'s too; 0 takes no part.
 
         In the first pass over a chunk nothing leads from the top of [Z] to its bottom.
         """
@@ -55,7 +74,8 @@ class Sidecar:
         per_row += sum(cell.flops_per_row + cell.flops_per_state_update for cell in self._cells(num_layers))
         if self.latent_token is not None and not is_first:
             per_row += self.latent_token.flops_per_row
-        return self.draft_flops(num_layers, widths) + num_rows * per_row
+        num_tokens = sum(widths) - (num_rows if self.latent_token is not None else 0)
+        return self._flops_of_cells(num_layers, widths) + num_rows * per_row + num_tokens * self._lora_flops
 
     def _cells(self, num_layers: int) -> list[RefineCell]:
         """The cell of each refined layer: a shared one as often as it is used."""
@@ -116,7 +136,8 @@ def run_slots(
         return h
 
     embeddings = sanitize(sidecar.mask_token(backbone.embedding(ids), slots), slots)
-    logits = run(embeddings, widths=widths.tolist(), edit=edit)
+    with sidecar.acting_at(slots):
+        logits = run(embeddings, widths=widths.tolist(), edit=edit)
     return SlotPass(logits, top[0])
 
 
@@ -176,7 +197,8 @@ def run_refined_embeddings(
             top.append(h)
         return h
 
-    logits = run(embeddings, widths=widths.tolist(), edit=edit)
+    with sidecar.acting_at(positions < lengths[:, None]):
+        logits = run(embeddings, widths=widths.tolist(), edit=edit)
     last = (widths - 1).clamp(min=0).to(top[0].device)
     at_edge = top[0][torch.arange(len(lengths), device=last.device), last]
     right_edge = backbone.final_norm(at_edge[:, None])

@@ -177,7 +177,8 @@ class RefinedDecoder:
         run = partial(self.backbone.run, cache=decoding.cache)
         logits = run_slots(self.backbone, self._sidecar, run, rows, num_slots).logits
         widths = [len(row) for row in rows]
-        spent.add(widths, added_flops=self._sidecar.draft_flops(self.backbone.num_layers, widths))
+        added = self._sidecar.draft_flops(self.backbone.num_layers, widths, num_slots=sum(num_slots))
+        spent.add(widths, added_flops=added)
         for row in _where([bool(ids) for ids in rows]):
             best = logits[row, : wanted[row] - 1].argmax(dim=-1).tolist()
             drafts[row][1:] = [int(token) for token in best]

@@ -1,6 +1,6 @@
 """Training the sidecar: what trains in which mode and phase, and one step of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.passes import Sidecar
 from deepen.methods.chunk.rows import ChunkBatch, draw_rows
 
-# Learning rates and decay of phase A; the boundary head learns a little faster than the rest.
 SIDECAR_LEARNING_RATE = 3e-4
-BOUNDARY_LEARNING_RATE = 5e-4
+LEARNING_RATES = {"boundary": 5e-4, "lora": 1e-5}
+"""Of parts that learn otherwise than the rest: the boundary head faster, what changes the base's own products slower."""
 WEIGHT_DECAY = 0.05
 
 
@@ -45,18 +45,12 @@ def train_only_these(sidecar: Mapping[str, nn.Module], config: RecursiveConfig) 
 
 
 def optim_groups(sidecar: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
-    """The trained tensors of the boundary head, and of the rest."""
-    boundary = [p for part, module in sidecar.items() if part == "boundary" for p in _trained(module)]
-    rest = [p for part, module in sidecar.items() if part != "boundary" for p in _trained(module)]
-    groups = [
-        {"params": rest, "lr": SIDECAR_LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
-        {"params": boundary, "lr": BOUNDARY_LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _trained(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in module.parameters() if parameter.requires_grad)
+    """The trained tensors, by learning rate."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for part, module in sidecar.items():
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        by_rate.setdefault(LEARNING_RATES.get(part, SIDECAR_LEARNING_RATE), []).extend(trained)
+    return [{"params": params, "lr": rate, "weight_decay": WEIGHT_DECAY} for rate, params in by_rate.items() if params]
 
 
 def require_phase(config: RecursiveConfig) -> None:
@@ -68,8 +62,8 @@ def require_phase(config: RecursiveConfig) -> None:
             'phase is "none", in which nothing is trained; set phase to "a" (the sidecar), or take the preset '
             "recursive_phase_a"
         )
-    if config.phase in ("b", "c"):
-        raise CannotTrain(f'phase "{config.phase}" is not part of this version; set phase to "a"')
+    if config.phase == "c":
+        raise CannotTrain('phase "c" is not part of this version; set phase to "a" or "b"')
 
 
 def prepare(batch: Batch, config: RecursiveConfig, backbone: Backbone, progress: Progress) -> ChunkBatch:

@@ -20,7 +20,9 @@ from deepen.methods.chunk.training_refined import columns_of
 def step_work(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch) -> Work:
     """Of one step over a batch with chunks; none without any.
 
-    A draft is counted to the end of its chunk, though it may end before; soft tokens are not counted.
+    A draft is counted to the end of its chunk, though it may end before; soft tokens are not counted. In refined mode
+    with LoRA, a gradient is taken to reach the lowest of its layers from below: that counts the gradients of what this
+    layer's attention reads, in the passes that begin there, which are not computed.
     """
     if not batch.num_chunks:
         return Work()
@@ -47,7 +49,10 @@ class _Works:
         self._backbone, self._sidecar, self._config = backbone, sidecar, config
         cells = [(layer, sidecar.cell_of(layer)) for layer in range(backbone.num_layers)]
         self._cells = [(layer, cell) for layer, cell in cells if cell is not None]
-        self._at_first_cell = _Begins(self._cells[0][0])
+        # Layers with LoRA begin with the one below whose output the first of them reads.
+        lowest = min([self._cells[0][0], *(layer - 1 for layer in sidecar.lora_layers)])
+        self._first = lowest
+        self._at_first_cell = _Begins(lowest)
         self._at_start = _Begins(-1)
         self._never = _Begins(None)
         self._clean = pass_costs(backbone)
@@ -71,7 +76,14 @@ class _Works:
             num_logits=chunks.width - 1,
         )
         cells = sum((self._edits(cell, len(chunks), chunks.width, operands=2) for _, cell in self._cells), Work())
-        return self._walk(wanted) + base + cells + self._advice(int(chunks.targets.sum()))
+        num_slots = int(chunks.targets.sum())
+        return self._walk(wanted) + base + cells + self._lora(num_slots, learns=True) + self._advice(num_slots)
+
+    def _lora(self, num_positions: int, *, learns: bool) -> Work:
+        lora = self._sidecar.lora
+        if lora is None:
+            return Work()
+        return num_positions * (lora.work_per_position if learns else lora.work_per_position.detached)
 
     def _advice(self, num_slots: int) -> Work:
         """The boundary head at each slot; the lengths that it names besides are not used."""
@@ -121,7 +133,7 @@ class _Works:
         if self._config.resolved_draft == "mask":
             total = self._clean_pass((chunks.anchors + 1).tolist(), width=chunks.width - 1)
             cells = [self._edits(cell, len(chunks), chunks.width - 1, operands=0) for _, cell in self._cells]
-            return total + sum(cells, Work())
+            return total + sum(cells, Work()) + self._lora(int((chunks.sizes - 2).clamp(min=0).sum()), learns=False)
         total = Work()
         for place in range(chunks.width - 1):
             contexts = (chunks.anchors + 1 + (chunks.sizes - 1).clamp(max=place)).tolist()
@@ -154,12 +166,13 @@ class _Works:
         learns = begins.layer is not None
         total = self._base_behind(chunks, begins, width=width, says=says)
         for layer, cell in self._cells:
-            h_learns = learns and (begins.layer == -1 or layer > self._cells[0][0])
+            h_learns = begins.layer is not None and layer > begins.layer
             total += self._edits(cell, num_rows, width, operands=(1 + h_learns) if learns else 0)
             total += num_rows * Work.of(cell.flops_per_row // 2, operands=(1 + state_learns) if learns else 0)
             total += self._next_state(cell, num_rows, learns=learns and state_is_used, state_learns=state_learns)
         head = Work.of(self._sidecar.boundary.flops_per_row // 2, operands=2 if learns and decides else 0)
         total += num_rows * head
+        total += self._lora(int(chunks.sizes.sum()), learns=learns)
         if latent is not None and not is_first:
             total += num_rows * Work.of(latent.flops_per_row // 2, operands=(1 + edge_learns) if learns else 0)
         return total
@@ -170,10 +183,11 @@ class _Works:
         num_rows = len(chunks)
         total = self._base_behind(chunks, begins, width=chunks.width, says=True)
         for layer, cell in self._cells:
-            is_first = layer == self._cells[0][0]
-            total += self._edits(cell, num_rows, chunks.width, operands=(1 + (not is_first)) if learns else 0)
+            h_learns = layer > self._first
+            total += self._edits(cell, num_rows, chunks.width, operands=(1 + h_learns) if learns else 0)
             total += num_rows * Work.of(cell.flops_per_row // 2, operands=2 if learns else 0)
             total += self._next_state(cell, num_rows, learns=False, state_learns=False)
+        total += self._lora(int(chunks.sizes.sum()), learns=learns)
         return total + num_rows * Work.of(self._sidecar.boundary.flops_per_row // 2)
 
     def _base_behind(self, chunks: Chunks, begins: _Begins, *, width: int, says: bool) -> Work:

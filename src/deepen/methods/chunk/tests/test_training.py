@@ -1,0 +1,352 @@
+"""Training of the sidecar: what its passes are, what reaches what, what learns, and that it learns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from effort import share_of_profile
+from torch import Tensor
+
+from deepen.backbones import tiny
+from deepen.backbones.hf import Backbone
+from deepen.core.errors import CannotTrain, DeepenError
+from deepen.core.types import Batch, Progress, StepOutput
+from deepen.data.batches import batch_of
+from deepen.generate.loop import complete
+from deepen.generate.stop import StopConfig
+from deepen.methods.chunk import training_exact, training_refined
+from deepen.methods.chunk.config import RecursiveConfig
+from deepen.methods.chunk.model import ChunkRefineWrapper
+from deepen.methods.chunk.passes import RefinedPass
+from deepen.methods.chunk.rows import SLOT, ChunkBatch
+from deepen.train.module import StepModule
+from deepen.train.optim import freeze_base, make_optimizers
+from deepen.train.step import Steps
+
+WIDTH, NUM_PASSES = 6, 3
+SIZES = {"chunk_width": WIDTH, "max_chunk_len": 8, "d_state": 16, "gate_hidden": 32, "max_inner_steps": NUM_PASSES}
+BEGIN = Progress(0, 10)
+
+
+def wrapper(name: str = "llama", *, noise: float = 0.3, double: bool = False, **fields: Any) -> ChunkRefineWrapper:
+    """On a base of its own; all of the sidecar is noise, so that it does something."""
+    torch.manual_seed(0)
+    base = tiny.build(name).eval()
+    settings = {"recursive_enabled": True, "phase": "a", "anchors_per_text": 3, **SIZES, **fields}
+    model = ChunkRefineWrapper(base.double() if double else base, RecursiveConfig(**settings))
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.saved_state().values():
+            if noise:
+                tensor.copy_(torch.randn(tensor.shape, generator=source) * noise)
+    freeze_base(model, base)
+    return model
+
+
+def texts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=source).tolist() for length in lengths]
+
+
+def prepared(model: ChunkRefineWrapper, rows: list[list[int]], seed: int = 0) -> ChunkBatch:
+    torch.manual_seed(seed)
+    batch = model.prepare(batch_of(rows), BEGIN)
+    assert isinstance(batch, ChunkBatch)
+    return batch
+
+
+def stepped(model: ChunkRefineWrapper, batch: Batch) -> StepOutput:
+    torch.manual_seed(0)
+    return model.train_step(batch, model.begin(batch), BEGIN)
+
+
+def at_grid(model: ChunkRefineWrapper, row: list[int]) -> ChunkBatch:
+    """One text, cut as the scorer cuts it: chunks behind its first token, one behind the other."""
+    firsts = range(1, len(row), WIDTH)
+    sizes = [min(WIDTH, len(row) - first) for first in firsts]
+    batch = prepared(model, [row])
+    fields = {name: value for name, value in vars(batch).items() if name not in ("anchors", "sizes")}
+    for name in ("passes_corrupted", "corruptions", "random_ids"):
+        fields[name] = torch.zeros(1, len(sizes), WIDTH, dtype=torch.long)
+    return ChunkBatch(**fields, anchors=torch.tensor([[first - 1 for first in firsts]]), sizes=torch.tensor([sizes]))
+
+
+class Recorder:
+    """Keeps what `training_refined` runs refined passes over, and what they say; what they read gets a gradient."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes: list[tuple[Tensor, RefinedPass, bool]] = []
+        own: Callable[..., RefinedPass] = training_refined.run_refined_embeddings
+
+        def recording(backbone: Any, sidecar: Any, run: Any, embeddings: Tensor, *rest: Any) -> RefinedPass:
+            if not embeddings.requires_grad:
+                embeddings.requires_grad_(torch.is_grad_enabled())
+            result = own(backbone, sidecar, run, embeddings, *rest)
+            self.passes.append((embeddings, result, sidecar.latent_token is None))
+            return result
+
+        monkeypatch.setattr(training_refined, "run_refined_embeddings", recording)
+
+    @property
+    def refining(self) -> list[tuple[Tensor, RefinedPass]]:
+        """The passes over the model's own draft."""
+        return [(read, said) for read, said, scores in self.passes if not scores][:NUM_PASSES]
+
+    @property
+    def denoising(self) -> list[tuple[Tensor, RefinedPass]]:
+        """The passes over what is corrupted."""
+        return [(read, said) for read, said, scores in self.passes if not scores][NUM_PASSES:]
+
+    @property
+    def scoring(self) -> tuple[Tensor, RefinedPass]:
+        """The pass of `final_ce`."""
+        ((read, said),) = [(read, said) for read, said, scores in self.passes if scores and read.requires_grad]
+        return read, said
+
+
+class TestWhatTheStepsCompute:
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_slots_say_what_they_say_in_decoding(self, name):
+        """The divergence of a chunk is that of the logits of a draft pass behind the same committed tokens."""
+        model = wrapper(name, commit_mode="exact", draft="mask", distill_gamma=3.0)
+        (row,) = texts(23)
+        batch = prepared(model, [row])
+        expected = torch.zeros((), dtype=torch.float64)
+        for anchor, size in zip(batch.anchors[0].tolist(), batch.sizes[0].tolist(), strict=True):
+            slots, base = self.logits_in_decoding(model, row[: anchor + 1], size - 1), self.base(model, row)
+            for k in range(1, size):
+                p, q = base[anchor + k].double().log_softmax(-1), slots[k - 1].double().log_softmax(-1)
+                expected += torch.exp(torch.tensor(-(k - 1) / 3.0)) * (p.exp() * (p - q)).sum()
+        found = stepped(model, batch).losses["distill"].total
+        torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=2e-4)
+
+    @staticmethod
+    def logits_in_decoding(model: ChunkRefineWrapper, row: list[int], num_slots: int) -> Tensor:
+        backbone = model.backbone
+        cache = backbone.new_cache(batch_size=1, capacity=len(row) + num_slots)
+        with torch.no_grad():
+            backbone.run(torch.tensor([row[:-1]]), cache)
+            cache.commit([len(row) - 1])
+            sidecar = model._parts(model.config)
+
+            def run(tokens: Tensor, **options: Any) -> Tensor:
+                return backbone.run(tokens, cache, **options)
+
+            rows = [[row[-1], *[0] * num_slots]]
+            return training_exact.run_slots(backbone, sidecar, run, rows, [num_slots]).logits[0, 1:]
+
+    @staticmethod
+    def base(model: ChunkRefineWrapper, row: list[int]) -> Tensor:
+        cache = model.backbone.new_cache(batch_size=1, capacity=len(row))
+        with torch.no_grad():
+            return model.backbone.run(torch.tensor([row]), cache)[0]
+
+    @pytest.mark.parametrize("carry_state", [False, True])
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_final_ce_is_what_the_scorer_finds(self, name, carry_state):
+        """On the scorer's own grid, but for each chunk's first token, which the clean prefix decides."""
+        model = wrapper(name, commit_mode="refined", commit_threshold=1.0, carry_state=carry_state)
+        with torch.no_grad():
+            model.boundary.commit.weight.zero_()
+            model.boundary.commit.bias.fill_(-50.0)  # so that the scorer's refinement takes all its passes
+        (row,) = texts(1 + 3 * WIDTH)
+        score = model.score(batch_of([row]))
+        scored = [place for place in range(2, len(row)) if (place - 1) % WIDTH]
+        expected = -score.log_probs[0, scored].sum()
+        found = stepped(model, at_grid(model, row)).losses["final_ce"].total
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+    def test_untrained_the_states_change_nothing(self):
+        """A new sidecar scores as the base: the cross entropy is the base's own."""
+        model = wrapper(commit_mode="refined", noise=0.0)
+        (row,) = texts(20)
+        batch = prepared(model, [row])
+        base = TestWhatTheStepsCompute.base(model, row).log_softmax(-1)
+        expected = sum(
+            -base[place - 1, row[place]]
+            for anchor, size in zip(batch.anchors[0].tolist(), batch.sizes[0].tolist(), strict=True)
+            for place in range(anchor + 2, anchor + 1 + size)
+        )
+        torch.testing.assert_close(stepped(model, batch).losses["final_ce"].total, expected)
+
+
+class TestWhatReachesWhat:
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_no_later_given_token_reaches_a_logit_of_final_ce(self, name, monkeypatch):
+        model = wrapper(name, commit_mode="refined")
+        recorder = Recorder(monkeypatch)
+        stepped(model, prepared(model, texts(21, 15)))
+        read, said = recorder.scoring
+        # Gradients of the tokens that are read, at the end of a chain through no other pass.
+        for place in range(read.shape[1]):
+            (gradient,) = torch.autograd.grad(said.logits[:, place].sin().sum(), read, retain_graph=True)
+            assert torch.equal(gradient[:, place + 1 :], torch.zeros_like(gradient[:, place + 1 :]))
+            assert gradient[:, place].any()
+
+    def test_what_final_ce_starts_from_is_no_function_of_the_given_chunk(self, monkeypatch):
+        model = wrapper(commit_mode="refined")
+        (row,) = texts(1 + WIDTH)
+        recorder = Recorder(monkeypatch)
+        stepped(model, at_grid(model, row))
+        other = [row[0], *((token + 1) % 256 for token in row[1:])]
+        again = Recorder(monkeypatch)
+        stepped(model, at_grid(model, other))
+        for (_, one), (_, two) in zip(recorder.refining, again.refining, strict=True):
+            assert torch.equal(one.logits, two.logits)
+            assert all(torch.equal(one.states[layer], two.states[layer]) for layer in one.states)
+        assert not torch.equal(recorder.scoring[1].logits, again.scoring[1].logits)
+
+    @pytest.mark.parametrize("place", range(1, WIDTH))
+    @pytest.mark.parametrize("num_passes", range(1, NUM_PASSES + 1))
+    def test_a_masked_target_is_in_nothing_that_any_pass_was_fed(self, place, num_passes, monkeypatch):
+        """A token corrupted in the first passes changes nothing that these say, whatever it is."""
+        model = wrapper(commit_mode="refined")
+        (row,) = texts(1 + WIDTH)
+
+        def passes(token: int) -> list[Tensor]:
+            changed = [*row[: place + 1], token, *row[place + 2 :]]
+            batch = at_grid(model, changed)
+            assert batch.passes_corrupted is not None and batch.corruptions is not None
+            batch.passes_corrupted[0, 0, place] = num_passes
+            batch.corruptions[0, 0, place] = SLOT
+            recorder = Recorder(monkeypatch)
+            output = stepped(model, batch)
+            assert model.count(batch)["masked"] == num_passes
+            said = [each.logits for _, each in recorder.denoising]
+            assert len(said) == NUM_PASSES
+            # All that is counted: the token at its place, in each of these passes.
+            expected = sum(-each[0, place - 1].log_softmax(-1)[token] for each in said[:num_passes])
+            torch.testing.assert_close(output.losses["masked_ce"].total, expected)
+            return said
+
+        one, other = passes(7), passes(201)
+        for number in range(NUM_PASSES):
+            assert torch.equal(one[number], other[number]) == (number < num_passes), number
+
+    def test_nothing_corrupted_is_no_masked_loss(self):
+        model = wrapper(commit_mode="refined")
+        batch = at_grid(model, texts(1 + WIDTH)[0])
+        output = stepped(model, batch)
+        assert model.count(batch)["masked"] == 0
+        assert output.losses["masked_ce"].total == 0
+
+    def test_ponder_has_a_gradient(self):
+        model = wrapper(commit_mode="refined")
+        output = stepped(model, prepared(model, texts(21, 15)))
+        (gradient,) = torch.autograd.grad(output.losses["ponder"].total, model.boundary.commit.weight)
+        assert gradient.abs().max() > 1e-4
+
+    def test_stability_is_there_where_the_draft_is_right(self):
+        """The given text is what the model would say: nothing should change from pass to pass, and cells of noise do."""
+        model = wrapper(commit_mode="refined", noise=0.05)
+        (row,) = texts(5)
+        said = complete(model.base_alone(), [row], stop=StopConfig(max_new_tokens=12))[0].tokens
+        output = stepped(model, prepared(model, [[*row, *said]], seed=2))
+        assert output.losses["stability"].total > 0
+        assert stepped(wrapper(commit_mode="refined", noise=0.0), prepared(model, [[*row, *said]])).losses[
+            "stability"
+        ].total == pytest.approx(0, abs=1e-6)
+
+
+class TestWhatLearns:
+    @pytest.mark.parametrize("phase", ["a", "b"])
+    @pytest.mark.parametrize("mode", ["exact", "refined"])
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_all_that_the_phase_trains_gets_a_gradient_and_nothing_else(self, name, mode, phase):
+        model = wrapper(name, commit_mode=mode, phase=phase)
+        before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+        output = stepped(model, prepared(model, texts(21, 15)))
+        torch.stack([term.weight * term.total for term in output.losses.values()]).sum().backward()
+        trained = {id(each) for group in model.optim_groups() for each in group["params"]}
+        for path, parameter in model.named_parameters():
+            has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+            assert has_gradient == (id(parameter) in trained) == parameter.requires_grad, path
+        names = {path for path, each in model.named_parameters() if id(each) in trained}
+        assert any("lora" in path for path in names) == (phase == "b")
+        assert any("state_upd" in path for path in names) == (mode == "refined")
+        assert all(torch.equal(before[path], tensor) for path, tensor in model.base.state_dict().items())
+
+    @pytest.mark.parametrize("mode", ["exact", "refined"])
+    def test_a_step_leaves_the_base_bit_equal(self, mode):
+        model = wrapper(commit_mode=mode, phase="b")
+        before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+        own = {name: tensor.detach().clone() for name, tensor in model.saved_state().items()}
+        train(model, prepared(model, texts(21, 15)), num_steps=3, learning_rate=1e-2)
+        assert all(torch.equal(before[path], tensor) for path, tensor in model.base.state_dict().items())
+        moved = {name for name, tensor in model.saved_state().items() if not torch.equal(tensor, own[name])}
+        assert moved == {name for name in own if model_trains(model, name)}
+
+    @pytest.mark.parametrize("grad_passes", [0, 2])
+    def test_back_propagation_goes_through_the_last_passes(self, grad_passes, monkeypatch):
+        model = wrapper(commit_mode="refined", grad_passes=grad_passes, lambda_masked=0.0)
+        recorder = Recorder(monkeypatch)
+        stepped(model, prepared(model, texts(21)))
+        learned = [said.p_commit.requires_grad for _, said in recorder.refining]
+        assert learned == [grad_passes == 0, True, True]
+
+    def test_soft_tokens_bring_a_gradient_from_pass_to_pass(self, monkeypatch):
+        found = {}
+        for soft in (False, True):
+            model = wrapper(commit_mode="refined", use_soft_tokens=soft, corruption_rate=1.0, noise=1.0)
+            recorder = Recorder(monkeypatch)
+            stepped(model, prepared(model, texts(21, 15)))
+            (_, first), (read, _) = recorder.refining[:2]
+            found[soft] = read.grad_fn is not None and first.logits.requires_grad
+        assert found == {False: False, True: True}
+
+    def test_without_a_phase_there_is_nothing_to_train(self):
+        model = wrapper(phase="none")
+        assert model.optim_groups() == []
+        with pytest.raises(CannotTrain, match='phase is "none".*set phase to "a"'):
+            model.prepare(batch_of(texts(20)), BEGIN)
+        disabled = ChunkRefineWrapper(tiny.build("llama"), RecursiveConfig())
+        with pytest.raises(CannotTrain, match="recursive_enabled is false"):
+            disabled.prepare(batch_of(texts(20)), BEGIN)
+
+    def test_a_batch_that_was_not_prepared_is_refused(self):
+        with pytest.raises(DeepenError, match=r"as prepare\(\) makes it"):
+            stepped(wrapper(), batch_of(texts(20)))
+
+    def test_phase_b_goes_on_from_phase_a(self):
+        before = wrapper(phase="a")
+        after = wrapper(phase="b", noise=0.0)
+        after.load_saved_state(before.saved_state())
+        for name, tensor in before.saved_state().items():
+            assert torch.equal(after.saved_state()[name], tensor)
+        assert not any(tensor.any() for name, tensor in after.saved_state().items() if "lora_B" in name)
+
+
+def model_trains(model: ChunkRefineWrapper, saved_name: str) -> bool:
+    return model.saved_state()[saved_name].requires_grad or any(
+        tensor.data_ptr() == model.saved_state()[saved_name].data_ptr() and tensor.requires_grad
+        for tensor in model.parameters()
+    )
+
+
+def train(
+    model: ChunkRefineWrapper, batch: Batch, *, num_steps: int, learning_rate: float
+) -> list[dict[str, float]]:
+    """The losses of each step on the same rows."""
+    steps = Steps(
+        StepModule(model, model.base),
+        make_optimizers(model, model.base, learning_rate=learning_rate),
+        lambda index: batch,
+        num_steps=num_steps,
+        grad_clip=1.0,
+    )
+    steps._model = _Prepared(model, batch)  # type: ignore[attr-defined]
+    return [dict(steps.take(index).losses) for index in range(num_steps)]
+
+
+class _Prepared:
+    """A model whose rows are drawn once."""
+
+    def __init__(self, model: ChunkRefineWrapper, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+
+    def prepare(self, batch: Batch, progress: Progress) -> Batch:
+        return self._batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
