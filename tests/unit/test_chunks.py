@@ -47,6 +47,10 @@ class TestFlywheelDataset:
         assert [found[index].input_ids for index in range(len(found))] == [tuple(ids[:5]), tuple(ids[5:])]
         assert {found[index].prompt_length for index in range(len(found))} == {0}
 
+    def test_prompts_without_answers_are_refused(self, tmp_path):
+        with pytest.raises(DeepenError, match=r'line 1: a prompt without a "response" has nothing to learn'):
+            dataset(tmp_path, *in_split("train", lambda number: {"prompt": f"What is {number}?"}))
+
     def test_an_answer_is_an_example_behind_all_that_was_said(self, tmp_path):
         def conversation(number):
             said = [("user", f"{number}"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]

@@ -100,6 +100,14 @@ class TestAnswers:
         framed = TOKENIZER.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         assert record["prompt_ids"] == TOKENIZER.encode(framed, add_special_tokens=False)
 
+    def test_a_prompt_without_an_answer_is_answered(self, config):
+        Path(config.data).write_text(json.dumps({"prompt": "What is it?"}))
+        distill(replace(config, num_prompts=None))
+        (record,) = records_in(config.out)
+        turn = [{"role": "user", "content": "What is it?"}]
+        framed = TOKENIZER.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        assert record["prompt_ids"] == TOKENIZER.encode(framed, add_special_tokens=False)
+
     def test_an_exact_adapter_answers_as_its_base(self, config, tmp_path):
         config = replace(config, max_new_tokens=48)
         plain = distill(config)
@@ -291,6 +299,28 @@ class TestTraining:
     def test_a_run_takes_the_file(self, config):
         distill(config)
         train(self.run_config(config), show=lambda line: None)
+
+    def test_a_run_takes_a_folder_of_such_files(self, config, tmp_path):
+        folder = tmp_path / "answers"
+        folder.mkdir()
+        found = []
+        for seed in (0, 1):
+            one = replace(config, out=str(folder / f"seed{seed}.jsonl"), seed=seed)
+            distill(one)
+            found += self.ids_of(self.run_config(one))
+        run = replace(self.run_config(config), data=str(folder))
+        assert self.ids_of(run) == found
+        train(run, show=lambda line: None)
+
+    @staticmethod
+    def ids_of(run: RunConfig) -> list[int]:
+        """Of the training documents, behind each other."""
+        return rows_of_run(run, open_trainee(run)).corpus.ids.tolist()
+
+    def test_a_run_refuses_prompts_without_answers_and_says_what_makes_some(self, config):
+        Path(config.out).write_text("\n".join(json.dumps({"prompt": f"What is {n}?"}) for n in range(9)))
+        with pytest.raises(DeepenError, match=r"has nothing to learn; `deepen distill MODEL --data PROMPTS"):
+            train(self.run_config(config), show=lambda line: None)
 
     def test_ids_of_another_vocabulary_are_refused(self, config):
         distill(config)

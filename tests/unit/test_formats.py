@@ -3,8 +3,8 @@
 import pytest
 
 from deepen.core.errors import DeepenError
-from deepen.data.encoding import encode, with_end
-from deepen.data.formats import Conversation, Message, Text, document_of
+from deepen.data.encoding import encode, encode_asked, with_end
+from deepen.data.formats import Conversation, Message, Prompt, Text, document_of
 from deepen.data.records import Record
 from deepen.data.tokenizer import BOS_ID, EOS_ID, byte_tokenizer
 
@@ -41,9 +41,29 @@ def test_a_record_becomes_what_its_fields_say(fields, expected):
         assert found == expected
 
 
+def test_a_prompt_alone_is_asked_and_not_answered():
+    asked = document(prompt="p", id=3)
+    assert asked == Prompt((Message("user", "p"),), "data, line 7")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"text": "a", "prompt": "what made it"}, Text("a")),
+        ({"question": "q", "answer": "a", "prompt": "p"}, Conversation(turns("q", "a"), "data, line 7")),
+    ],
+)
+def test_beside_another_format_a_prompt_is_no_matter(fields, expected):
+    assert document(**fields) == expected
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"prompt": "x", "answer": "y"}, "the fields prompt, answer fits no known format"),
+        ({"prompt": "x", "output": "y"}, "fits no known format; known are text;"),
+        ({"prompt": " "}, '"prompt" is empty'),
+        ({"prompt": ["x"]}, 'a string in "prompt"; it holds list'),
         ({"content": "x", "title": "y"}, "the fields content, title fits no known format; known are text;"),
         ({}, "the fields none fits no known format"),
         ({"instruction": "x"}, "fits no known format"),
@@ -102,12 +122,23 @@ class TestEncoding:
         assert learned == [*b"a", EOS_ID, *b"\n"] * 2
         assert encoded.ids[0] == BOS_ID and not encoded.learned[0]
 
-    def test_what_is_asked_is_what_a_prompt_of_generation_is(self):
-        found = document(prompt="say it", response="it")
+    @pytest.mark.parametrize("answer", [{}, {"response": "it"}], ids=["alone", "answered"])
+    def test_what_is_asked_is_what_a_prompt_of_generation_is(self, answer):
+        found = document(prompt="say it", **answer)
         asked = TOKENIZER.apply_chat_template(
             [{"role": "user", "content": "say it"}], add_generation_prompt=True, tokenize=False
         )
-        assert list(encode(found, TOKENIZER).parts[0]) == TOKENIZER.encode(asked, add_special_tokens=False)
+        assert list(encode_asked(found, TOKENIZER)) == TOKENIZER.encode(asked, add_special_tokens=False)
+        if answer:
+            assert encode(found, TOKENIZER).parts[0] == encode_asked(found, TOKENIZER)
+
+    def test_a_prompt_without_an_answer_has_nothing_to_learn(self):
+        with pytest.raises(DeepenError, match=r'^data, line 7: a prompt without a "response" .* `deepen distill MODEL'):
+            encode(document(prompt="say it"), TOKENIZER)
+
+    def test_a_prompt_with_a_special_token_written_out_is_refused(self):
+        with pytest.raises(DeepenError, match=r"the user's message has <\|eos\|> written out"):
+            encode_asked(document(prompt="say <|eos|>"), TOKENIZER)
 
     def test_a_special_token_written_out_is_refused_in_a_conversation_and_text_in_a_text(self):
         with pytest.raises(DeepenError, match=r"line 7: the user's message has <\|eos\|> written out"):

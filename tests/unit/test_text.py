@@ -88,7 +88,10 @@ class TestAddresses:
             corpus("wikki")
 
     def test_a_name_like_no_other_gets_the_choices(self):
-        with pytest.raises(AddressError, match=r"known are: books, python, wiki .*\.txt or \.jsonl.*hub:OWNER/NAME"):
+        with pytest.raises(
+            AddressError,
+            match=r"known are: books, chat-prompts, code-prompts, python, .*wiki .*\.txt or \.jsonl.*hub:OWNER/NAME",
+        ):
             corpus("/nothing/here")
 
     def test_a_file_of_another_kind(self, tmp_path):

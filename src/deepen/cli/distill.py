@@ -25,7 +25,10 @@ class Options:
     """A model's address, or an adapter folder, which decodes as its method does."""
 
     data: str
-    """The corpus, of which training documents are taken: of a text the beginning, of a conversation what is asked."""
+    """The corpus: chat-prompts, code-prompts, rewriting-prompts, or any other.
+
+    Training documents are taken, of a text the beginning, of anything else what is asked first.
+    """
 
     out: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl")]
     """The file to write, and go on with."""

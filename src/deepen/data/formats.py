@@ -7,10 +7,12 @@
 | messages | `messages`: a list of `role` and `content` | these |
 | question | `question`, `answer` | user, assistant |
 | prompt | `prompt`, `response` | user, assistant |
+| asked | `prompt`, and no field of another format | user: a prompt without an answer, for a model to give one |
 | tokens | `prompt_ids`, `response_ids`, and `tokenizer`, the digest of theirs | these ids, as they are |
 
 A record has the fields of exactly one format; others beside them (an id, a source) are no matter. A record that fits
-none, or two, is an error that shows its fields: nothing is guessed.
+none, or two, is an error that shows its fields: nothing is guessed. `prompt` beside all fields of another format is one
+of the others that are no matter, and beside some of them (an `answer`, say) it fits none.
 """
 
 from collections.abc import Callable
@@ -58,17 +60,29 @@ class Tokens:
     place: str = ""
 
 
-Document = Text | Conversation | Tokens
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked, with nothing to learn from: the last turn is the user's."""
+
+    messages: tuple[Message, ...]
+    place: str = ""
+
+
+Document = Text | Conversation | Prompt | Tokens
 
 
 def document_of(record: Record) -> Document:
     """The record in whichever format it has. Raises `DeepenError` naming its place and its fields."""
     fitting = [name for name, (required, _) in _FORMATS.items() if required <= record.fields.keys()]
+    if not fitting and _is_only_asked(record):
+        return _asked(record)
     if len(fitting) != 1:
         fields = ", ".join(record.fields) or "none"
         known = "; ".join("/".join(sorted(required)) for required, _ in _FORMATS.values())
         problem = "fits no known format" if not fitting else f"fits several formats ({', '.join(fitting)})"
-        raise DeepenError(f"{record.place}: a record with the fields {fields} {problem}; known are {known}")
+        raise DeepenError(
+            f"{record.place}: a record with the fields {fields} {problem}; known are {known}; or prompt alone"
+        )
     _, read = _FORMATS[fitting[0]]
     return read(record)
 
@@ -90,6 +104,15 @@ def _question(record: Record) -> Document:
 
 def _prompt(record: Record) -> Document:
     return _pair(_spoken(record, "prompt"), _spoken(record, "response"), record)
+
+
+def _is_only_asked(record: Record) -> bool:
+    others = frozenset[str]().union(*(required for required, _ in _FORMATS.values())) - {"prompt"}
+    return "prompt" in record.fields and others.isdisjoint(record.fields)
+
+
+def _asked(record: Record) -> Document:
+    return Prompt((Message("user", _spoken(record, "prompt")),), record.place)
 
 
 def _tokens(record: Record) -> Document:

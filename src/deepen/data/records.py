@@ -28,10 +28,14 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Record:
-    """An object with named fields, and the place to name if something is wrong with it."""
+    """An object with named fields, and the place to name if something is wrong with it.
+
+    `made_from` is the text that it was made from, if it was: this decides the split then (split.py).
+    """
 
     fields: Mapping[str, Any]
     place: str
+    made_from: str | None = None
 
     def text(self, name: str) -> str:
         """The string in field `name`; raises `DeepenError` naming the place if there is none that is text."""

@@ -29,7 +29,12 @@ def split_of(text: str) -> Split:
 
 
 def split_of_record(record: Record) -> Split:
-    """The split of a record: that of its text, or, where it has none, that of all it holds as sorted JSON."""
+    """The split of a record: that of its text, or, where it has none, that of all it holds as sorted JSON.
+
+    One that was made from a text is in the split of that text, with all else that was made from it.
+    """
+    if record.made_from is not None:
+        return split_of(record.made_from)
     text = record.fields.get("text")
     if isinstance(text, str):
         return split_of(text)

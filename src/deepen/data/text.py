@@ -17,8 +17,9 @@ _KINDS = " or ".join(READERS)
 def records(name_or_path: str) -> Iterator[Record]:
     """The records of a corpus, one by one, in a fixed order.
 
-    `wiki`, `books` and `python` are described in corpora.py. A path is a `.txt` file (one document), a `.jsonl` file
-    (one object a line) or a folder of such files at any depth. `hub:OWNER/NAME` is a dataset of the hub.
+    Those with a name (`wiki`, `chat-prompts`, ...) are described in corpora.py. A path is a `.txt` file (one document),
+    a `.jsonl` file (one object a line) or a folder of such files at any depth. `hub:OWNER/NAME` is a dataset of the
+    hub.
 
     Raises `AddressError` for what is none of these, at once; `DeepenError` naming file and line for a file that
     can't be read, when its turn comes.

@@ -1,9 +1,14 @@
 """Prompts by domain, for demonstrations and speed measurements: how predictable a text is decides what drafts gain."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-Domain = Literal["chat", "code", "copy", "prose"]
+from deepen.core.errors import DeepenError
+from deepen.data.formats import Conversation, Document, Prompt, document_of
+from deepen.data.split import Split, records_of
+
+Domain = Literal["chat", "code", "copy", "prose", "rewriting"]
 
 
 class ChatTokenizer(Protocol):
@@ -104,3 +109,24 @@ PROMPTS: tuple[DomainPrompt, ...] = (
 def prompts_of(*domains: Domain) -> tuple[DomainPrompt, ...]:
     """The prompts of these domains, in the order above."""
     return tuple(prompt for prompt in PROMPTS if prompt.domain in domains)
+
+
+def held_out_prompts(
+    name_or_path: str, *, domain: Domain, count: int, split: Split = "test"
+) -> tuple[DomainPrompt, ...]:
+    """`count` things asked in a corpus (data/text.py), of a split that no training reads, drawn by their hash.
+
+    Of a conversation it is what is asked first. The same corpus gives the same ones, fewer of which are the first of
+    more. Raises `DeepenError` for a document that asks nothing, and where there are not so many.
+    """
+    found = {_asked(document_of(record), record.place) for record in records_of(name_or_path, split)}
+    if len(found) < count:
+        raise DeepenError(f"{name_or_path} asks {len(found)} things in its {split} documents, and {count} are wanted")
+    by_digest = sorted((hashlib.sha256(text.encode("utf-8")).hexdigest(), text) for text in found)
+    return tuple(DomainPrompt(domain, f"{domain}_{digest[:12]}", text) for digest, text in by_digest[:count])
+
+
+def _asked(document: Document, place: str) -> str:
+    if isinstance(document, Prompt | Conversation):
+        return next(message.content for message in document.messages if message.role == "user")
+    raise DeepenError(f"{place}: nothing is asked here; give prompts (data/formats.py lists what a record may be)")

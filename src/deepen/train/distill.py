@@ -57,7 +57,7 @@ class DistillConfig(Config):
 
     # A model's address, or an adapter folder, which decodes as its method does.
     model: str
-    # A corpus's name or path; of a text its beginning is the prompt, of a conversation what is asked first.
+    # A corpus's name or path; of a text its beginning is the prompt, of anything else what is asked first.
     data: str
     # The `.jsonl` file to write.
     out: str

@@ -9,8 +9,8 @@ from typing import Any
 from deepen.core.errors import DeepenError
 from deepen.core.method import RecursiveModel
 from deepen.data.batches import token_ids
-from deepen.data.encoding import encode
-from deepen.data.formats import Conversation, Document, Text
+from deepen.data.encoding import encode_asked
+from deepen.data.formats import Document, Text, Tokens
 from deepen.evaluate.answers import answer
 from deepen.evaluate.metrics import generation_figures
 from deepen.evaluate.prompts import DomainPrompt
@@ -153,15 +153,15 @@ def _beginnings(data: str, tokenizer: Any) -> Iterator[SamplePrompt]:
 def beginning(document: Document, tokenizer: Any, *, num_tokens: int) -> SamplePrompt:
     """What a model is given of a document: the first `num_tokens` of a text, or what is asked, all of it.
 
-    Raises what `encode` raises.
+    Raises what `encode_asked` raises.
     """
     if isinstance(document, Text):
         ids = token_ids(document.text, tokenizer)[:num_tokens]
         return SamplePrompt(tuple(ids), tokenizer.decode(ids, skip_special_tokens=True))
-    asked = encode(document, tokenizer).parts[0]
-    if isinstance(document, Conversation):
-        return SamplePrompt(asked, next(turn.content for turn in document.messages if turn.role == "user"))
-    return SamplePrompt(asked, tokenizer.decode(list(asked), skip_special_tokens=True))
+    asked = encode_asked(document, tokenizer)
+    if isinstance(document, Tokens):
+        return SamplePrompt(asked, tokenizer.decode(list(asked), skip_special_tokens=True))
+    return SamplePrompt(asked, next(turn.content for turn in document.messages if turn.role == "user"))
 
 
 def _as_markdown(fields: dict[str, Any]) -> str:
