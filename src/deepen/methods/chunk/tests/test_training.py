@@ -9,11 +9,11 @@ from effort import share_of_profile
 from torch import Tensor
 
 from deepen.backbones import tiny
-from deepen.backbones.hf import Backbone
 from deepen.core.errors import CannotTrain, DeepenError
 from deepen.core.types import Batch, Progress, StepOutput
 from deepen.data.batches import batch_of
 from deepen.generate.loop import complete
+from deepen.generate.plain import PlainDecoder
 from deepen.generate.stop import StopConfig
 from deepen.methods.chunk import training_exact, training_refined
 from deepen.methods.chunk.config import RecursiveConfig
@@ -241,7 +241,7 @@ class TestWhatReachesWhat:
         """The given text is what the model would say: nothing should change from pass to pass, and cells of noise do."""
         model = wrapper(commit_mode="refined", noise=0.05)
         (row,) = texts(5)
-        said = complete(model.base_alone(), [row], stop=StopConfig(max_new_tokens=12))[0].tokens
+        said = complete(PlainDecoder(model.backbone), [row], stop=StopConfig(max_new_tokens=12))[0].tokens
         output = stepped(model, prepared(model, [[*row, *said]], seed=2))
         assert output.losses["stability"].total > 0
         assert stepped(wrapper(commit_mode="refined", noise=0.0), prepared(model, [[*row, *said]])).losses[
@@ -316,18 +316,64 @@ class TestWhatLearns:
             assert torch.equal(after.saved_state()[name], tensor)
         assert not any(tensor.any() for name, tensor in after.saved_state().items() if "lora_B" in name)
 
+    @pytest.mark.parametrize("mode", ["exact", "refined"])
+    def test_the_same_step_draws_the_same_rows(self, mode):
+        model = wrapper(commit_mode=mode)
+        one, two, other = (prepared(model, texts(21, 15), seed) for seed in (3, 3, 4))
+        assert torch.equal(one.anchors, two.anchors) and not torch.equal(one.anchors, other.anchors)
+
+
+class TestThatItLearns:
+    def test_slots_learn_a_text_that_the_base_knows_by_heart(self):
+        """Cross entropy falls to near nothing, and what they draft is committed: more than 4 tokens a pass."""
+        (row,) = texts(44)
+        base = knowing(row)
+        settings = {"chunk_width": 12, "max_chunk_len": 12, "anchors_per_text": 24, "distill_gamma": 100.0}
+        shape = {"layers_to_refine": (0, 1, 2), "refine_hidden": 256, "share_cells": False, "draft": "mask"}
+        model = ChunkRefineWrapper(
+            base, RecursiveConfig(**{"recursive_enabled": True, **SIZES, "phase": "a", **settings, **shape})
+        )
+        freeze_base(model, base)
+        losses = train(model, batch_of([row]), num_steps=120, learning_rate=3e-3)
+        assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.4
+        (result,) = complete(model.eval(), [row[:4]], stop=StopConfig(max_new_tokens=40))
+        assert result.tokens == row[4:44]
+        assert len(result.tokens) / result.passes > 4
+
+    def test_refined_mode_learns_one_batch(self):
+        model = wrapper(
+            commit_mode="refined", noise=0.0, layers_to_refine=(0, 1, 2), refine_hidden=128, share_cells=False,
+            lambda_masked=0.0, lambda_halt=0.0, lambda_len=0.0, lambda_ponder=0.0, lambda_stability=0.0,
+            max_inner_steps=2, anchors_per_text=1,
+        )  # fmt: skip
+        batch = prepared(model, texts(1 + WIDTH, 2 + WIDTH))
+        num_steps = share_of_profile(240, least=120)
+        losses = train(model, batch, num_steps=num_steps, learning_rate=4e-3)
+        assert losses[0]["final_ce"] > 5 and losses[-1]["final_ce"] < 0.1
+
+
+def knowing(row: list[int]) -> Any:
+    """A tiny base that has learned a text by heart."""
+    torch.manual_seed(0)
+    base = tiny.build("llama").train()
+    ids = torch.tensor([row])
+    optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        base(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return base.eval()
+
 
 def model_trains(model: ChunkRefineWrapper, saved_name: str) -> bool:
-    return model.saved_state()[saved_name].requires_grad or any(
-        tensor.data_ptr() == model.saved_state()[saved_name].data_ptr() and tensor.requires_grad
-        for tensor in model.parameters()
-    )
+    saved = model.saved_state()[saved_name]
+    return any(tensor.data_ptr() == saved.data_ptr() for tensor in model.parameters() if tensor.requires_grad)
 
 
-def train(
-    model: ChunkRefineWrapper, batch: Batch, *, num_steps: int, learning_rate: float
-) -> list[dict[str, float]]:
-    """The losses of each step on the same rows."""
+def train(model: ChunkRefineWrapper, batch: Batch, *, num_steps: int, learning_rate: float) -> list[dict[str, float]]:
+    """The losses of each step on the same texts; rows that are drawn already are the same, too."""
+    if isinstance(batch, ChunkBatch):
+        model.prepare = lambda texts, progress: batch  # type: ignore[method-assign]
     steps = Steps(
         StepModule(model, model.base),
         make_optimizers(model, model.base, learning_rate=learning_rate),
@@ -335,18 +381,4 @@ def train(
         num_steps=num_steps,
         grad_clip=1.0,
     )
-    steps._model = _Prepared(model, batch)  # type: ignore[attr-defined]
     return [dict(steps.take(index).losses) for index in range(num_steps)]
-
-
-class _Prepared:
-    """A model whose rows are drawn once."""
-
-    def __init__(self, model: ChunkRefineWrapper, batch: Batch) -> None:
-        self._model, self._batch = model, batch
-
-    def prepare(self, batch: Batch, progress: Progress) -> Batch:
-        return self._batch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
