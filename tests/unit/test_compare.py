@@ -9,50 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_answer import plain_answer
+from some_stages import ANSWERS, BASE, DOCUMENTS, stage
 
 from deepen.core.errors import DeepenError
 from deepen.core.files import write_json
 from deepen.evaluate.comparison import Column, columns, compare_stages
 from deepen.evaluate.equality import equality
-from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, BaseOfStage, ScoredDocument, StageResults
-
-BASE = BaseOfStage("tiny:llama", "f" * 64, "t" * 64)
-DOCUMENTS = tuple(ScoredDocument(f"{n:016x}", 30.0 + 7 * n, 10 + n, n % 5, 40 + n) for n in range(12))
+from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, ScoredDocument, StageResults, TrainingOfStage
 
 
 def answer(prompt: str, tokens=(5, 6, 7, 8), **fields) -> Answer:
     return plain_answer(tokens, prompt=prompt, **fields)
-
-
-ANSWERS = (answer("moon"), answer("bread", (9, 9, 4)))
-
-
-def stage(name: str = "baseline", **fields) -> StageResults:
-    defaults = {
-        "method": None,
-        "method_config": None,
-        "exact": False,
-        "config": {"stage": name, "max_tokens": 500, "max_new_tokens": 4, "first_scored": 32, "output_dir": name},
-        "environment": {"device": "cpu", "dtype": "float32", "torch": "2.13.0"},
-        "documents": DOCUMENTS,
-        "answers": ANSWERS,
-        "generation": {"num_answers": 2, "tokens_per_pass": 1.0, "chunk_lengths": {"1": 7}},
-        "ledger": {"parameters_unique": 100},
-        "checks": {"pass_width_difference": 0.0, "own_forward_difference": None},
-        "speed": None,
-    }
-    return StageResults(
-        format=FORMAT,
-        deepen_version="0.1.0",
-        stage=name,
-        base=BASE,
-        data={"corpus": "wiki"},
-        seed=0,
-        figures={"largest_move": 0.0},
-        left_out=(),
-        seconds={"scoring": 1.0},
-        **(defaults | fields),
-    )
 
 
 def exact(**fields) -> StageResults:
@@ -198,6 +165,20 @@ class TestTables:
         found = comparison(*stages)
         assert found["equality"] == []
         assert row(found, "nll")["differences"].keys() == set(STAGE_NAMES[2:])
+
+    def test_training_stands_beside_what_was_trained(self):
+        runs = [{"seed": 0, "learning_rate": rate, "config": {"width": 8}} for rate in (0.1, 0.2)]
+        trained = [
+            stage(name, training=TrainingOfStage({"steps": steps, "training_flops": 5}, run))
+            for name, steps, run in zip(STAGE_NAMES[2:], (3, 4), runs, strict=True)
+        ]
+        found = comparison(stage(), *trained)
+        assert row(found, "steps", "training")["values"] == {"finetuned_vanilla": 3, "finetuned_recursive": 4}
+        assert [(each["name"], each["values"]) for each in found["training_settings"]] == [
+            ("learning_rate", {"finetuned_vanilla": 0.1, "finetuned_recursive": 0.2})
+        ]
+        assert comparison(stage(), trained[0])["training_settings"] == []
+        assert comparison(stage(), exact())["training"] == []
 
 
 class TestEquality:
@@ -364,6 +345,17 @@ class TestFiles:
         with pytest.raises(DeepenError, match=message) as error:
             StageResults.read(path)
         assert str(path) in str(error.value)
+
+    def test_training_is_written_and_read(self, tmp_path):
+        results = stage("finetuned_vanilla", training=TrainingOfStage({"steps": 3, "training_flops": 1e9}, {"seed": 1}))
+        write_json(tmp_path / "x.json", results.to_dict())
+        assert StageResults.read(tmp_path / "x.json") == results
+
+    def test_files_of_earlier_versions_have_no_training(self, tmp_path):
+        content = stage().to_dict()
+        del content["training"]
+        write_json(tmp_path / "x.json", content)
+        assert StageResults.read(tmp_path / "x.json").training is None
 
     @pytest.mark.parametrize("name", ["missing.json", "."])
     def test_a_missing_file_is_told(self, tmp_path, name):

@@ -399,11 +399,6 @@ class TestStages:
         with pytest.raises(CannotScore, match="tiny:llama is a plain base model; stage after_surgery measures"):
             run_stage(replace(stage, stage="after_surgery"))
 
-    @pytest.mark.parametrize("name", ["finetuned_vanilla", "finetuned_recursive"])
-    def test_stages_of_training_are_refused(self, stage, name):
-        with pytest.raises(ConfigError, match=f"stage {name} needs the training stages, which are not part of this"):
-            run_stage(replace(stage, stage=name))
-
     @pytest.mark.parametrize(
         ("fields", "message"),
         [

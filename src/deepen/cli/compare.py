@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import tyro
 
 from deepen.cli.options import OptionalFile
-from deepen.cli.output import print_facts, print_table, shown
+from deepen.cli.output import print_facts, print_table
 from deepen.core.errors import DeepenError
+from deepen.report.words import cell, interval, is_long_list, signed
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Options:
     out: OptionalFile = None
     """Write the comparison here, as JSON."""
 
+    html: OptionalFile = None
+    """Write a report here: one HTML file with all tables and with plots, which needs no network and no script."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR")] = ()
+    """Folders of training runs whose losses the report shows."""
+
     seed: int = 0
     """Of the bootstrap intervals."""
 
@@ -39,18 +46,30 @@ def run(options: Options) -> int:
     from deepen.core.files import write_json
     from deepen.evaluate.comparison import columns, compare_stages
     from deepen.evaluate.results import StageResults
+    from deepen.report.page import write_report
+    from deepen.report.runs import read_runs
 
     if options.seed < 0:
         raise DeepenError(f"--seed must be 0 or more, not {options.seed}")
+    if options.runs and options.html is None:
+        raise DeepenError(
+            "--runs is for the report alone, which is not asked for; add --html FILE, or leave --runs out"
+        )
     paths = [_path(given, options.eval_dir) for given in options.stages]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise DeepenError(f"{twice} is given more than once; name different results files")
-    comparison = compare_stages(columns({path: StageResults.read(path) for path in paths}), seed=options.seed)
-    _print(comparison)
+    given = columns({path: StageResults.read(path) for path in paths})
+    comparison = compare_stages(given, seed=options.seed)
+    runs = read_runs(options.runs)
+    # Before anything is printed, which a pipe that ends early would cut off.
     if options.out is not None:
         write_json(options.out, comparison)
-        print(f"written to {options.out}")
+    if options.html is not None:
+        write_report(options.html, comparison, given, runs=runs)
+    _print(comparison)
+    for written in filter(None, (options.out, options.html)):
+        print(f"written to {written}")
     return 0 if all(verdict["holds"] for verdict in comparison["equality"]) else 1
 
 
@@ -68,61 +87,62 @@ def _print(comparison: Mapping[str, Any]) -> None:
     reference = comparison["reference"]
     print(f"differences are from {reference}")
     print()
-    print_table(
-        ("metric", *labels, *_difference_columns(labels, reference)),
-        [_metric(row, labels, reference) for row in comparison["metrics"]],
-    )
-    for part in ("counts", "ledger", "speed", "seconds"):
+    _print_metrics(comparison["metrics"], labels, reference)
+    for part in ("counts", "ledger", "training", "speed", "seconds"):
         _print_rows(part, labels, comparison[part])
-    if comparison["settings"]:
-        _print_rows("settings that differ", labels, comparison["settings"])
+    _print_rows("settings that differ", labels, comparison["settings"])
+    _print_rows("settings of training that differ", labels, comparison["training_settings"])
     for verdict in comparison["equality"]:
         print()
         print_facts(_verdict(verdict), title=f"{verdict['label']} against {reference}")
 
 
-def _difference_columns(labels: Sequence[str], reference: str) -> list[str]:
-    if len(labels) == 2:
-        return ["difference", "95 % interval"]
+def _print_metrics(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], reference: str) -> None:
+    """Values and differences: in one table for two stages, else in two, which are narrow enough for a terminal."""
     others = [label for label in labels if label != reference]
-    return [title for label in others for title in (f"{label} - {reference}", "95 % interval")]
+    if len(others) == 1:
+        (other,) = others
+        cells = [[*_values(row, labels), *_difference(row["differences"][other])] for row in rows]
+        print_table(("metric", *labels, "difference", "95 % interval"), cells)
+        return
+    print_table(("metric", *labels), [_values(row, labels) for row in rows])
+    print()
+    print_table(
+        ("difference, 95 % interval", *others),
+        [[row["name"], *(_in_brackets(row["differences"][label]) for label in others)] for row in rows],
+    )
 
 
-def _metric(row: Mapping[str, Any], labels: Sequence[str], reference: str) -> list[str]:
-    cells = [row["name"], *(_cell(row["values"][label]) for label in labels)]
-    for label in labels:
-        if label != reference:
-            difference = row["differences"][label]
-            cells += [_signed(difference["delta"]), _interval(difference["interval_95"])]
-    return cells
+def _values(row: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
+    return [row["name"], *(cell(row["values"][label]) for label in labels)]
+
+
+def _difference(difference: Mapping[str, Any]) -> tuple[str, str]:
+    return signed(difference["delta"]), interval(difference["interval_95"])
+
+
+def _in_brackets(difference: Mapping[str, Any]) -> str:
+    delta, ends = _difference(difference)
+    return f"{delta} ({ends})" if ends else delta
 
 
 def _print_rows(title: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        cells = [
-            [row["name"], *(_cell(row["values"][label]) if label in row["values"] else "-" for label in labels)]
-            for row in rows
-        ]
+    """A table, and below it those rows whose values are too long for one, a line a stage."""
+    cells = [
+        [row["name"], *(cell(row["values"][label]) if label in row["values"] else "-" for label in labels)]
+        for row in rows
+        if not _has_long_lists(row)
+    ]
+    if cells:
         print()
         print_table((title, *labels), cells)
+    for row in filter(_has_long_lists, rows):
+        print()
+        print_facts({label: cell(value) for label, value in row["values"].items()}, title=row["name"])
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_cell(each)}" for key, each in value.items()) or "none"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(_cell, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return shown(value)
-
-
-def _signed(value: float | None) -> str:
-    return "" if value is None else "0" if value == 0 else f"{value:+.4g}"
-
-
-def _interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}"
+def _has_long_lists(row: Mapping[str, Any]) -> bool:
+    return any(map(is_long_list, row["values"].values()))
 
 
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, str]:

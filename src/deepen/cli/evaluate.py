@@ -18,10 +18,11 @@ class Options:
     """
 
     model: Model
-    """A model's address, or an adapter folder."""
+    """A model's address, an adapter folder, or a checkpoint's folder."""
 
     stage: str
-    """baseline (the base model alone) or after_surgery (the adapter)."""
+    """baseline (the base model alone), after_surgery (the adapter), finetuned_vanilla (what was trained without
+    recursion) or finetuned_recursive (what was trained with it)."""
 
     data: str = "wiki"
     """The corpus: wiki, a .txt or .jsonl file, or a folder of such files."""
@@ -80,7 +81,7 @@ def run(options: Options) -> int:
         print(f"no prompt fits into the model's context with max_new_tokens {config.max_new_tokens}")
     if results["speed"] is not None:
         print_table(("domain", "path", "tokens/pass", "ms a token", "against plain"), _speed(results["speed"]))
-    print_facts(_costs(results["ledger"], results["seconds"]), title="costs")
+    print_facts(_costs(results["ledger"], results["training"], results["seconds"]), title="costs")
     print(f"written to {path}")
     return 0
 
@@ -114,8 +115,11 @@ def _generation(figures: Mapping[str, Any], left_out: Sequence[str]) -> dict[str
     return facts
 
 
-def _costs(ledger: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
-    return {
+def _costs(
+    ledger: Mapping[str, Any], training: Mapping[str, Any] | None, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    trained = {} if training is None else {"training FLOPs": quantity(training["figures"]["training_flops"])}
+    return trained | {
         "parameters": ledger["parameters_unique"],
         "of these added": ledger["parameters_added"],
         "FLOPs a token": quantity(ledger["flops_per_token_at_0"]),

@@ -14,7 +14,7 @@ from deepen import __version__
 from deepen.core.errors import DeepenError
 from deepen.evaluate.equality import equality
 from deepen.evaluate.metrics import ANSWER_METRICS, DOCUMENT_METRICS, Metric
-from deepen.evaluate.results import Answer, ScoredDocument, StageResults
+from deepen.evaluate.results import Answer, ScoredDocument, StageResults, TrainingOfStage
 
 FORMAT = 1
 NUM_RESAMPLES = 1000
@@ -85,6 +85,10 @@ def compare_stages(given: Sequence[Column], *, seed: int = 0) -> dict[str, Any]:
         "speed": _rows({c.label: _speed(c.results) for c in given}),
         "seconds": _rows({c.label: c.results.seconds for c in given}),
         "settings": _different({c.label: _settings(c.results) for c in given}),
+        "training": _rows({label: training.figures for label, training in _trained(given).items()}),
+        "training_settings": _different(
+            {label: _flat(training.run) for label, training in _trained(given).items() if training.run is not None}
+        ),
         "equality": [
             {"label": column.label, **asdict(equality(reference.results, column.results))}
             for column in others
@@ -233,6 +237,11 @@ def _settings(results: StageResults) -> dict[str, Any]:
         "left_out": list(results.left_out),
     }
     return _flat(nested)
+
+
+def _trained(given: Sequence[Column]) -> dict[str, TrainingOfStage]:
+    """What training cost, of the stages that have any."""
+    return {column.label: column.results.training for column in given if column.results.training is not None}
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

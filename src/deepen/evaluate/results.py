@@ -88,6 +88,14 @@ class Answer(Config):
 
 
 @dataclass(frozen=True)
+class TrainingOfStage(Config):
+    """What the run that made a model has cost (its checkpoint's ledger), and its settings; None where they are gone."""
+
+    figures: dict[str, int | float | None]
+    run: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class StageResults(Config):
     """What `{stage}_results.json` holds.
 
@@ -95,6 +103,9 @@ class StageResults(Config):
     `method_config` the method's with every field, None for a base alone. `figures` are over `documents`, `generation`
     over `answers` (None without any); `left_out` names the prompts that don't fit into the model's context. `speed`
     has a line for each domain and path, None where nothing was timed. `checks` are what the figures' meaning rests on.
+    `training` is None for what no run of `deepen train` made, and in files of earlier versions.
+
+    For a model that was trained as a whole, `base` is what it was trained from, and `method` what trained it.
     """
 
     format: int
@@ -117,6 +128,7 @@ class StageResults(Config):
     ledger: dict[str, int | float | None]
     checks: dict[str, float | None]
     seconds: dict[str, float]
+    training: TrainingOfStage | None = None
 
     def validate(self) -> list[str]:
         """One message for each value that no stage can have."""

@@ -15,7 +15,7 @@ import torch
 from deepen import __version__
 from deepen.checkpoint import Opened, open_model
 from deepen.core.config import Config
-from deepen.core.errors import CannotScore, DeepenError
+from deepen.core.errors import DeepenError
 from deepen.core.files import write_json
 from deepen.core.hints import did_you_mean
 from deepen.core.method import RecursiveModel
@@ -31,14 +31,13 @@ from deepen.evaluate.prompts import PROMPTS, Domain, DomainPrompt
 from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, BaseOfStage, StageResults
 from deepen.evaluate.scoring import FIRST_SCORED, Measured, Scorer, guard_row, measure
 from deepen.evaluate.speed import our_paths, path_figures, time_paths
+from deepen.evaluate.standing import require_recursion, require_standing
+from deepen.evaluate.training import read_origin, read_training
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.scoring import score_at_once, score_in_chunks
 from deepen.generate.stop import StopConfig
 from deepen.generate.verify import PREFILL_WIDTH
 from deepen.metrics.ledger import count_parameters, model_figures
-
-STAGES = STAGE_NAMES[:2]
-LATER_STAGES = STAGE_NAMES[2:]
 
 LEDGER_CONTEXTS = (0, 1024)
 """Tokens of context for which FLOPs and bytes are told."""
@@ -52,10 +51,11 @@ class StageConfig(Config):
     """What to measure on what.
 
     `baseline` is the base model alone, read as plain decoding reads it; for an adapter folder that is the adapter's
-    base. `after_surgery` is the adapter, read as its method scores.
+    base. `after_surgery` is the adapter, read as its method scores, and so are the two stages behind a training run;
+    standing.py says what may stand at which.
     """
 
-    # A base model's address or an adapter folder.
+    # A base model's address, an adapter folder, or the folder of a model that was trained as a whole.
     model: str
     stage: str
     # A corpus's name or path, and the part of it that is scored.
@@ -84,13 +84,8 @@ class StageConfig(Config):
     def validate(self) -> list[str]:
         """One message for each value that can't be measured with."""
         problems = [f"{name} must not be empty" for name in ("model", "data", "output_dir") if not getattr(self, name)]
-        if self.stage in LATER_STAGES:
-            problems.append(
-                f"stage {self.stage} needs the training stages, which are not part of this version; "
-                f"use {' or '.join(STAGES)}"
-            )
-        elif self.stage not in STAGES:
-            problems.append(f'unknown stage "{self.stage}"{did_you_mean(self.stage, STAGES)}')
+        if self.stage not in STAGE_NAMES:
+            problems.append(f'unknown stage "{self.stage}"{did_you_mean(self.stage, STAGE_NAMES)}')
         if self.first_scored < 1:
             problems.append(f"first_scored must be 1 or more, not {self.first_scored}: nothing predicts token 0")
         for name, value in (("max_tokens", self.max_tokens), ("max_length", self.max_length)):
@@ -122,8 +117,8 @@ def run_stage(
     """The results of one stage and the file they are in, `{output_dir}/{stage}_results.json`.
 
     `advance` is called with the number of tokens of each document and answer that is done. Raises `DeepenError` for
-    what can't be measured: an adapter's stage asked of a plain base, a corpus without documents in the split, a scorer
-    that sees the future.
+    what can't be measured: a stage asked of a model that can't stand there, a corpus without documents in the split, a
+    scorer that sees the future.
     """
     config.check()
     clock = _Clock()
@@ -162,21 +157,28 @@ class _Stage:
         self._backbone = opened.backbone
         context = self._backbone.context_length
         self._config = replace(config, max_length=min(config.max_length, context or config.max_length))
-        self._model = _model_of(config, opened)
+        of_base = config.stage == "baseline"
+        self._training = None if of_base else read_training(config.model)
+        self._origin = None if of_base or opened.model is not None else read_origin(config.model)
+        require_standing(config.stage, opened, address=config.model, training=self._training, origin=self._origin)
+        self._model: RecursiveModel | None = None if of_base else opened.model
         self._decoder = self._model if self._model is not None else PlainDecoder(self._backbone)
         self._stop = StopConfig(max_new_tokens=config.max_new_tokens, eos_ids=opened.eos_ids)
         self._prompts = self._fitting_prompts()
 
     def run(self, advance: Callable[[int], object]) -> StageResults:
         """All of them."""
-        batches = _batches(self._config, self._opened)
+        config = self._config
+        batches = _batches(config, self._opened)
+        text = max((batch.input_ids[0].tolist() for batch in batches), key=len)
+        require_recursion(config.stage, self._opened, address=config.model, text=text)
         with self._clock("scoring"):
             measured = self._measured(batches, advance)
         with self._clock("answers"):
             answers = self._answers(advance)
         with self._clock("checks"):
             checks = self._checks(batches)
-        return self._results(measured, answers, checks, self._speed(advance) if self._config.speed else None)
+        return self._results(measured, answers, checks, self._speed(advance) if config.speed else None)
 
     def _measured(self, batches: list[Batch], advance: Callable[[int], object]) -> Measured:
         config = self._config
@@ -252,14 +254,14 @@ class _Stage:
         checks: dict[str, float | None],
         speed: tuple[dict[str, Any], ...] | None,
     ) -> StageResults:
-        config, opened = self._config, self._opened
-        method_config = None if self._model is None else self._model.config.to_dict()
+        config = self._config
+        base, method, method_config = self._subject()
         return StageResults(
             format=FORMAT,
             deepen_version=__version__,
             stage=config.stage,
-            base=BaseOfStage(**vars(opened.identity)),
-            method=opened.method.name if self._model is not None and opened.method is not None else None,
+            base=base,
+            method=method,
             method_config=method_config,
             exact=self._model is not None and self._model.promises_base,
             config=config.to_dict(),
@@ -283,7 +285,17 @@ class _Stage:
             },
             checks=checks,
             seconds=self._clock.seconds,
+            training=self._training,
         )
+
+    def _subject(self) -> tuple[BaseOfStage, str | None, dict[str, Any] | None]:
+        """The base that this stage goes back to, and the method with its configuration, if there is one."""
+        if self._origin is not None:
+            return self._origin.base, self._origin.method, self._origin.method_config
+        base = BaseOfStage(**vars(self._opened.identity))
+        if self._model is None or self._opened.method is None:
+            return base, None, None
+        return base, self._opened.method.name, self._model.config.to_dict()
 
     def _left_out(self) -> tuple[str, ...]:
         if self._config.max_new_tokens == 0:
@@ -295,18 +307,6 @@ class _Stage:
 def _generation(answers: list[Answer], method_config: dict[str, Any] | None) -> dict[str, Any] | None:
     threshold = (method_config or {}).get("commit_threshold")
     return generation_figures(answers, commit_threshold=threshold) if answers else None
-
-
-def _model_of(config: StageConfig, opened: Opened) -> RecursiveModel | None:
-    """What the stage measures; None for the base alone."""
-    if config.stage == "baseline":
-        return None
-    if opened.model is None:
-        raise CannotScore(
-            f"{config.model} is a plain base model; stage {config.stage} measures an adapter folder, as `deepen graft` "
-            "writes it (stage baseline measures the base)"
-        )
-    return opened.model
 
 
 def _batches(config: StageConfig, opened: Opened) -> list[Batch]:
