@@ -16,7 +16,7 @@ from deepen.methods.chunk.rows import ChunkBatch, draw_rows
 
 SIDECAR_LEARNING_RATE = 3e-4
 LEARNING_RATES = {"boundary": 5e-4, "lora": 1e-5}
-"""Of parts that learn otherwise than the rest: the boundary head faster, what changes the base's own products slower."""
+"""Of parts that learn otherwise than the rest: the boundary head faster, what changes the base's products slower."""
 WEIGHT_DECAY = 0.05
 
 

@@ -77,7 +77,13 @@ class _Works:
         )
         cells = sum((self._edits(cell, len(chunks), chunks.width, operands=2) for _, cell in self._cells), Work())
         num_slots = int(chunks.targets.sum())
-        return self._walk(wanted) + base + cells + self._lora(num_slots, learns=True) + self._advice(num_slots)
+        return (
+            self._walk(wanted, batch.lengths)
+            + base
+            + cells
+            + self._lora(num_slots, learns=True)
+            + self._advice(num_slots)
+        )
 
     def _lora(self, num_positions: int, *, learns: bool) -> Work:
         lora = self._sidecar.lora
@@ -99,7 +105,7 @@ class _Works:
         last = int(chunks.anchors.max()) + 1
         wanted = torch.zeros(len(batch.lengths), last, dtype=torch.bool)
         wanted[chunks.texts, chunks.anchors] = True
-        total = self._walk(wanted) + self._draft(chunks)
+        total = self._walk(wanted, batch.lengths.clamp(max=last)) + self._draft(chunks)
         first = num_passes - (config.grad_passes or num_passes)
         begins = self._at_start if self._sidecar.latent_token is not None else self._at_first_cell
         for number in range(num_passes):
@@ -212,11 +218,14 @@ class _Works:
             return Work.of(reads + keeps)
         return Work.of(reads, operands=2) + Work.of(keeps, operands=1 + state_learns)
 
-    def _walk(self, wanted: Tensor) -> Work:
-        """Texts `[B, T]` read pass by pass, with the logits of every place that any text wants."""
-        num_texts, length = wanted.shape
+    def _walk(self, wanted: Tensor, lengths: Tensor) -> Work:
+        """Texts `[B, T]` of these lengths read pass by pass, with the logits of every place that any text wants."""
         total = Work()
-        for start in range(0, length, WALK_WIDTH):
+        for start in range(0, wanted.shape[1], WALK_WIDTH):
             slab = wanted[:, start : start + WALK_WIDTH]
-            total += self._clean.over(num_positions=slab.shape[1], context=start, num_logits=int(slab.any(dim=0).sum()))
-        return num_texts * total
+            num_logits = int(slab.any(dim=0).sum())
+            for length in lengths.tolist():
+                # What is padding of a text that has ended stands behind its last token.
+                context = min(start, length)
+                total += self._clean.over(num_positions=slab.shape[1], context=context, num_logits=num_logits)
+        return total

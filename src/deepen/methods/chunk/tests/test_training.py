@@ -1,11 +1,9 @@
 """Training of the sidecar: what its passes are, what reaches what, what learns, and that it learns."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from effort import share_of_profile
 from torch import Tensor
 
 from deepen.backbones import tiny
@@ -18,7 +16,7 @@ from deepen.generate.stop import StopConfig
 from deepen.methods.chunk import training_exact, training_refined
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper
-from deepen.methods.chunk.passes import RefinedPass
+from deepen.methods.chunk.passes import RefinedPass, run_refined_embeddings
 from deepen.methods.chunk.rows import SLOT, ChunkBatch
 from deepen.train.module import StepModule
 from deepen.train.optim import freeze_base, make_optimizers
@@ -40,7 +38,8 @@ def wrapper(name: str = "llama", *, noise: float = 0.3, double: bool = False, **
         for tensor in model.saved_state().values():
             if noise:
                 tensor.copy_(torch.randn(tensor.shape, generator=source) * noise)
-    freeze_base(model, base)
+    if model.optim_groups():
+        freeze_base(model, base)
     return model
 
 
@@ -77,12 +76,11 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes: list[tuple[Tensor, RefinedPass, bool]] = []
-        own: Callable[..., RefinedPass] = training_refined.run_refined_embeddings
 
         def recording(backbone: Any, sidecar: Any, run: Any, embeddings: Tensor, *rest: Any) -> RefinedPass:
             if not embeddings.requires_grad:
                 embeddings.requires_grad_(torch.is_grad_enabled())
-            result = own(backbone, sidecar, run, embeddings, *rest)
+            result = run_refined_embeddings(backbone, sidecar, run, embeddings, *rest)
             self.passes.append((embeddings, result, sidecar.latent_token is None))
             return result
 
@@ -244,9 +242,9 @@ class TestWhatReachesWhat:
         said = complete(PlainDecoder(model.backbone), [row], stop=StopConfig(max_new_tokens=12))[0].tokens
         output = stepped(model, prepared(model, [[*row, *said]], seed=2))
         assert output.losses["stability"].total > 0
-        assert stepped(wrapper(commit_mode="refined", noise=0.0), prepared(model, [[*row, *said]])).losses[
-            "stability"
-        ].total == pytest.approx(0, abs=1e-6)
+        untrained = wrapper(commit_mode="refined", noise=0.0)
+        output = stepped(untrained, prepared(untrained, [[*row, *said]], seed=2))
+        assert float(output.losses["stability"].total.detach()) == pytest.approx(0, abs=1e-6)
 
 
 class TestWhatLearns:
@@ -298,7 +296,7 @@ class TestWhatLearns:
     def test_without_a_phase_there_is_nothing_to_train(self):
         model = wrapper(phase="none")
         assert model.optim_groups() == []
-        with pytest.raises(CannotTrain, match='phase is "none".*set phase to "a"'):
+        with pytest.raises(CannotTrain, match=r'phase is "none".*set phase to "a"'):
             model.prepare(batch_of(texts(20)), BEGIN)
         disabled = ChunkRefineWrapper(tiny.build("llama"), RecursiveConfig())
         with pytest.raises(CannotTrain, match="recursive_enabled is false"):
@@ -347,8 +345,7 @@ class TestThatItLearns:
             max_inner_steps=2, anchors_per_text=1,
         )  # fmt: skip
         batch = prepared(model, texts(1 + WIDTH, 2 + WIDTH))
-        num_steps = share_of_profile(240, least=120)
-        losses = train(model, batch, num_steps=num_steps, learning_rate=4e-3)
+        losses = train(model, batch, num_steps=120, learning_rate=4e-3)
         assert losses[0]["final_ce"] > 5 and losses[-1]["final_ce"] < 0.1
 
 
