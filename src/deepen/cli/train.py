@@ -13,6 +13,10 @@ from deepen.core.files import read_json
 
 # Of a run; train/config.py has them too, and torch with it.
 _BUDGETS = "num_steps", "num_tokens", "flops"
+# Flags for fields of a method's configuration, which not every method has.
+_OF_METHOD = {"enable_recursive": "recursive_enabled", "phase": "phase"} | {
+    name: name for name in ("chunk_width", "max_inner_steps")
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,18 @@ class Options:
 
     config: Annotated[str | None, tyro.conf.arg(metavar="TEXT", aliases=["--recursive-config"])] = None
     """The method's configuration: a preset or a file."""
+
+    enable_recursive: bool = False
+    """Set the field recursive_enabled of the method's configuration."""
+
+    phase: OptionalName = None
+    """The field of that name in the method's configuration, as the next two: what trains."""
+
+    chunk_width: OptionalInteger = None
+    """Tokens of a chunk."""
+
+    max_inner_steps: OptionalInteger = None
+    """Passes over a chunk, at most."""
 
     num_steps: OptionalInteger = None
     """Optimizer steps."""
@@ -99,10 +115,22 @@ def _with_flags(options: Options) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{options.run} must hold one JSON object, the fields of a run")
     given = read_settings(options.set)
-    flags = {name: value for name, value in asdict(options).items() if value is not None and name not in ("run", "set")}
+    flags = {
+        name: value
+        for name, value in asdict(options).items()
+        if value is not None and name not in ("run", "set", *_OF_METHOD)
+    }
+    if overrides := _of_method(options):
+        flags["overrides"] = {**(content.get("overrides") or {}), **overrides}
     if twice := sorted(given.keys() & flags.keys()):
         raise ConfigError(f"--set {twice[0]} is given as --{twice[0]} too; keep one")
     return {**_without_other_budgets(content, {**flags, **given}), **flags, **given}
+
+
+def _of_method(options: Options) -> dict[str, Any]:
+    """What flags set in the method's configuration; a switch that isn't given sets nothing."""
+    given = {field: getattr(options, flag) for flag, field in _OF_METHOD.items()}
+    return {field: value for field, value in given.items() if value is not None and value is not False}
 
 
 def _without_other_budgets(content: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class RunConfig(Config):
     method: str | None = None
     # The method's configuration: a preset's name, a file, or the fields themselves. Null takes its defaults.
     config: str | dict[str, Any] | None = None
+    # Fields of that configuration, or of an adapter folder's own, to set differently: how a later phase goes on.
+    overrides: dict[str, Any] | None = None
 
     # One of three budgets: optimizer steps; or tokens, or training FLOPs by the ledger, from which the number of steps
     # is laid out before the first one.

@@ -45,6 +45,16 @@ class StepModule(nn.Module):
         """By name, those that an optimizer moves."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def what_trains(self) -> str:
+        """The parts of the model that an optimizer moves, with their parameters, for people to read."""
+        sizes: dict[str, int] = {}
+        for name, parameter in self.trained_parameters().items():
+            part = name.split(".")[1]
+            sizes[part] = sizes.get(part, 0) + parameter.numel()
+        total = sum(parameter.numel() for parameter in self.parameters())
+        parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
+        return f"trains {sum(sizes.values()):,} of {total:,} parameters: {parts}"
+
     def own_buffers(self) -> dict[str, Tensor]:
         """By name, the buffers of the method that a checkpoint keeps, such as thresholds; the base's never move."""
         of_base = {id(buffer) for buffer in self.base.buffers()} if self.base is not None else set()

@@ -127,6 +127,7 @@ class _Run:
         if first == self.num_steps:
             self.show(f"the run is finished: {self._step_folder(first)}")
             return self._step_folder(first)
+        self.show(self.module.what_trains())
         self.pace = Pace()  # what came before was no step's time
         try:
             with display(self.num_steps, done=first, show=self.show) as shown:

@@ -5,7 +5,7 @@ from typing import Any
 
 from deepen.backbones.hf import Backbone
 from deepen.backbones.identity import BaseIdentity
-from deepen.checkpoint import open_model
+from deepen.checkpoint import is_adapter, open_model, with_overrides
 from deepen.core.errors import ConfigError
 from deepen.core.registry import Method, get
 from deepen.data.encoding import ChatEncoder
@@ -26,7 +26,10 @@ class Trainee:
 
 def open_trainee(config: RunConfig) -> Trainee:
     """The adapter that `config.model` names, or a new model of `config.method` over that base."""
-    opened = open_model(config.model, device=device_of_rank())
+    overrides = config.overrides or {}
+    opened = open_model(
+        config.model, device=device_of_rank(), overrides=overrides if is_adapter(config.model) else None
+    )
     if opened.method is not None:
         if config.method is not None:
             raise ConfigError(
@@ -37,7 +40,8 @@ def open_trainee(config: RunConfig) -> Trainee:
         raise ConfigError(f"{config.model} is a plain base model: say which method to train on it (`deepen methods`)")
     method = get(config.method)
     backbone = opened.backbone
-    model = method.load_model_type().build(_method_config(method, config), backbone, backbone.vocab_size)
+    method_config = with_overrides(_method_config(method, config), overrides, source="config")
+    model = method.load_model_type().build(method_config, backbone, backbone.vocab_size)
     return Trainee(method, model, backbone, opened.tokenizer, opened.identity)
 
 

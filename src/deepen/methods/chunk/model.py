@@ -6,6 +6,7 @@ own. `forward` is the base's. Decoding goes chunk by chunk through the committed
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Self
 from warnings import warn
@@ -17,6 +18,7 @@ from deepen.backbones.costs import pass_costs, pass_flops, row_state_bytes
 from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone
 from deepen.backbones.recurrence import use_delta_attention
+from deepen.backbones.tuned_layers import TunedLayers
 from deepen.core.errors import ConfigError, PromptError
 from deepen.core.method import Sampler
 from deepen.core.tensors import fill
@@ -36,6 +38,9 @@ from deepen.methods.chunk.refined import RefinedDecoder
 from deepen.methods.chunk.rows import ChunkBatch
 from deepen.methods.chunk.scoring import score_refined
 from deepen.methods.chunk.work import step_work
+
+TUNED_EVERY = 4
+"""Phase c tunes the base's fourth layer, the eighth, and so on."""
 
 
 class ChunkRefineWrapper(nn.Module):
@@ -61,6 +66,7 @@ class ChunkRefineWrapper(nn.Module):
         self.latent_token: LatentToken | None = None
         self.mask_token: MaskToken | None = None
         self.lora: GatedLora | None = None
+        self.tuned: TunedLayers | None = None
         if self.config.recursive_enabled:
             self._add_sidecar()
             if self.config.cache_reset_policy == "keep_all":
@@ -90,6 +96,8 @@ class ChunkRefineWrapper(nn.Module):
         if config.phase == "b":
             layers = range(backbone.num_layers - math.ceil(backbone.num_layers / 3), backbone.num_layers)
             self.lora = GatedLora(backbone, rank=config.lora_rank, alpha=2.0 * config.lora_rank, layers=layers)
+        if config.phase == "c":
+            self.tuned = TunedLayers(backbone, range(TUNED_EVERY - 1, backbone.num_layers, TUNED_EVERY))
         if not backbone.embedding_weight.is_meta:
             self.mask_token.initialise_from(backbone.embedding_weight)
         training.train_only_these(self._sidecar(), config)
@@ -108,6 +116,7 @@ class ChunkRefineWrapper(nn.Module):
             "latent_token": self.latent_token,
             "mask_token": self.mask_token,
             "lora": self.lora,
+            "base_delta": self.tuned,
         }
         return {name: module for name, module in parts.items() if module is not None}
 
@@ -135,13 +144,19 @@ class ChunkRefineWrapper(nn.Module):
             return None
         return self.refine_cells[0 if self.plan.shared else self.plan.layers.index(layer)]  # type: ignore[return-value]
 
+    def adapted(self) -> AbstractContextManager[None]:
+        """In the block, the base computes with the layers that phase c has tuned, if it has."""
+        return nullcontext() if self.tuned is None else self.tuned.in_place()
+
     def open(self, prompt: Prompt) -> Decoding:
         """Read the prompt."""
-        return self._decoder(self.config).open(prompt)
+        with self.adapted():
+            return self._decoder(self.config).open(prompt)
 
     def advance(self, decoding: Any, sampler: Sampler) -> Advance:
         """The next chunk: one pass in exact mode, drafting and refining in refined mode; 1 to W tokens of each row."""
-        return self._decoder(self.config).advance(decoding, sampler)
+        with self.adapted():
+            return self._decoder(self.config).advance(decoding, sampler)
 
     def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
@@ -164,7 +179,9 @@ class ChunkRefineWrapper(nn.Module):
 
     def _parts(self, config: RecursiveConfig) -> Sidecar:
         assert self.boundary is not None and self.mask_token is not None, "an enabled sidecar has all its parts"
-        return Sidecar(self._cell_of, self.boundary, self.latent_token, self.mask_token, config.pooling, self.lora)
+        return Sidecar(
+            self._cell_of, self.boundary, self.latent_token, self.mask_token, config.pooling, self.lora, self.tuned
+        )
 
     @torch.no_grad()
     def generate_chunks(
@@ -192,12 +209,13 @@ class ChunkRefineWrapper(nn.Module):
         }
         eos = generation_kwargs.pop("eos_token_id", self.backbone.eos_ids)
         eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-        results = complete(
-            self._decoder(replace(self.config, **{name: v for name, v in overrides.items() if v is not None})),
-            _rows_of(input_ids),
-            sampling=SamplingConfig.from_dict({"temperature": temperature, "top_p": top_p, **generation_kwargs}),
-            stop=StopConfig(max_new_tokens=max_new_tokens, eos_ids=eos_ids),
-        )
+        with self.adapted():
+            results = complete(
+                self._decoder(replace(self.config, **{name: v for name, v in overrides.items() if v is not None})),
+                _rows_of(input_ids),
+                sampling=SamplingConfig.from_dict({"temperature": temperature, "top_p": top_p, **generation_kwargs}),
+                stop=StopConfig(max_new_tokens=max_new_tokens, eos_ids=eos_ids),
+            )
         longest = max((len(result.tokens) for result in results), default=0)
         fill = eos_ids[0] if eos_ids else 0
         new = [[*result.tokens, *[fill] * (longest - len(result.tokens))] for result in results]
@@ -228,12 +246,14 @@ class ChunkRefineWrapper(nn.Module):
         training.require_phase(self.config)
         rows = training.drawn(batch)
         trained = [parameter for group in self.optim_groups() for parameter in group["params"]]
-        return training.step(self.backbone, self._parts(self.config), self.config, rows, trained)
+        with self.adapted():
+            return training.step(self.backbone, self._parts(self.config), self.config, rows, trained)
 
     def step_work(self, batch: Batch) -> Work:
         """The walk's, the drafts' and all passes'; see work.py."""
         training.require_phase(self.config)
-        return step_work(self.backbone, self._parts(self.config), self.config, training.drawn(batch))
+        with self.adapted():
+            return step_work(self.backbone, self._parts(self.config), self.config, training.drawn(batch))
 
     def after_step(self, statistics: Mapping[str, Tensor]) -> None:
         """No buffers move."""
@@ -242,7 +262,8 @@ class ChunkRefineWrapper(nn.Module):
     def score(self, batch: Batch) -> Score:
         """Leak-free log-probabilities: the base's in exact mode, from verify passes over W tokens; see scoring.py."""
         if self._refines:
-            return score_refined(self._refined(self.config), batch)
+            with self.adapted():
+                return score_refined(self._refined(self.config), batch)
         return score_in_chunks(self.backbone, batch, width=self.config.chunk_width)
 
     def optim_groups(self) -> list[dict[str, Any]]:
@@ -250,25 +271,27 @@ class ChunkRefineWrapper(nn.Module):
         return training.optim_groups(self._sidecar())
 
     def shard_units(self) -> list[nn.Module]:
-        """The base's layers and the cells."""
-        return [*self.backbone.layers, *(self.refine_cells or [])]
+        """The base's layers. The cells, which no layer calls, are with the rest of the sidecar."""
+        return list(self.backbone.layers)
 
     def saved_state(self) -> dict[str, Tensor]:
         """The sidecar's tensors; the base's are never among them."""
         return {
             f"{part}.{name}": tensor
             for part, module in self._sidecar().items()
-            for name, tensor in (module.tensors() if isinstance(module, GatedLora) else module.state_dict()).items()
+            for name, tensor in _tensors(module).items()
         }
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back a sidecar; a missing, unknown or misshapen tensor is a `CheckpointError` that names it.
 
-        One of an earlier phase, which had no LoRA, is gone on with: LoRA stays as it was built, and changes nothing.
+        One of an earlier phase is gone on with: LoRA and tuned layers that it lacks stay as they were built, and change
+        nothing.
         """
         own = self.saved_state()
-        if not any(name.startswith("lora.") for name in state):
-            own = {name: tensor for name, tensor in own.items() if not name.startswith("lora.")}
+        for part in ("lora.", "base_delta."):
+            if not any(name.startswith(part) for name in state):
+                own = {name: tensor for name, tensor in own.items() if not name.startswith(part)}
         fill(own, state, what="the sidecar's tensors don't fit its configuration on this base")
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
@@ -350,6 +373,11 @@ class ChunkRefineWrapper(nn.Module):
     def num_sidecar_parameters(self) -> int:
         """Trainable parameters of the sidecar; a shared cell counts once."""
         return sum(parameter.numel() for module in self._sidecar().values() for parameter in module.parameters())
+
+
+def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
+    """What is saved of a part: of what stands in the base, by the paths there."""
+    return module.tensors() if isinstance(module, GatedLora | TunedLayers) else module.state_dict()
 
 
 def _built_on(place: torch.device) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone, LayerEdit
+from deepen.backbones.tuned_layers import TunedLayers
 from deepen.generate.verify import pad_rows
 from deepen.methods.chunk.config import Pooling
 from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell, sanitize
@@ -40,6 +41,7 @@ class Sidecar:
     mask_token: MaskToken
     pooling: Pooling
     lora: GatedLora | None = None
+    tuned: TunedLayers | None = None
 
     def acting_at(self, positions: Tensor) -> AbstractContextManager[None]:
         """In the block, passes compute with LoRA, if there is one, at these positions `[B, W]`."""

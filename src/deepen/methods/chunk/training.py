@@ -15,7 +15,7 @@ from deepen.methods.chunk.passes import Sidecar
 from deepen.methods.chunk.rows import ChunkBatch, draw_rows
 
 SIDECAR_LEARNING_RATE = 3e-4
-LEARNING_RATES = {"boundary": 5e-4, "lora": 1e-5}
+LEARNING_RATES = {"boundary": 5e-4, "lora": 1e-5, "base_delta": 1e-5}
 """Of parts that learn otherwise than the rest: the boundary head faster, what changes the base's products slower."""
 WEIGHT_DECAY = 0.05
 
@@ -45,12 +45,16 @@ def train_only_these(sidecar: Mapping[str, nn.Module], config: RecursiveConfig) 
 
 
 def optim_groups(sidecar: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
-    """The trained tensors, by learning rate."""
-    by_rate: dict[float, list[nn.Parameter]] = {}
+    """The trained tensors, by learning rate and weight decay."""
+    by_setting: dict[tuple[float, float], list[nn.Parameter]] = {}
     for part, module in sidecar.items():
+        # Tuned layers are drawn to what they were, not to zero.
+        setting = LEARNING_RATES.get(part, SIDECAR_LEARNING_RATE), 0.0 if part == "base_delta" else WEIGHT_DECAY
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        by_rate.setdefault(LEARNING_RATES.get(part, SIDECAR_LEARNING_RATE), []).extend(trained)
-    return [{"params": params, "lr": rate, "weight_decay": WEIGHT_DECAY} for rate, params in by_rate.items() if params]
+        by_setting.setdefault(setting, []).extend(trained)
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in by_setting.items() if params
+    ]
 
 
 def require_phase(config: RecursiveConfig) -> None:
@@ -62,8 +66,6 @@ def require_phase(config: RecursiveConfig) -> None:
             'phase is "none", in which nothing is trained; set phase to "a" (the sidecar), or take the preset '
             "recursive_phase_a"
         )
-    if config.phase == "c":
-        raise CannotTrain('phase "c" is not part of this version; set phase to "a" or "b"')
 
 
 def prepare(batch: Batch, config: RecursiveConfig, backbone: Backbone, progress: Progress) -> ChunkBatch:
@@ -108,7 +110,7 @@ def step(
 def _of_no_chunk(config: RecursiveConfig, nothing: Tensor) -> StepOutput:
     """The same names as of any step, since ranks sum them by name."""
     if config.commit_mode == "refined":
-        units, metrics = training_refined.UNITS, list(training_refined.METRICS)
+        units, metrics = training_refined.units(config), training_refined.metric_names(config)
     else:
         units, metrics = training_exact.UNITS, training_exact.metric_names(config.chunk_width)
     return StepOutput(

@@ -50,7 +50,22 @@ UNITS: Mapping[str, Unit] = {
     "stability": "token",
 }
 
-METRICS = ("chunks/draft_right", "chunks/refined_right", "chunks/p_commit", "chunks/masked_accuracy")
+PULL_WEIGHT = 0.01
+"""Of the squared distance of tuned layers from the base's."""
+
+_METRICS = ("chunks/draft_right", "chunks/refined_right", "chunks/p_commit", "chunks/masked_accuracy")
+_DRIFT = "chunks/ngram_drift"
+_DRIFT_TOKENS = 3
+
+
+def units(config: RecursiveConfig) -> Mapping[str, Unit]:
+    """Of the losses of a step."""
+    return {**UNITS, "pull": "chunk"} if config.phase == "c" else UNITS
+
+
+def metric_names(config: RecursiveConfig) -> list[str]:
+    """Of the figures that a step gives."""
+    return [*_METRICS, _DRIFT] if config.phase == "c" else list(_METRICS)
 
 
 def refined_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch) -> StepOutput:
@@ -63,6 +78,7 @@ def refined_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
         "length": config.lambda_len,
         "ponder": config.lambda_ponder,
         "stability": config.lambda_stability,
+        "pull": PULL_WEIGHT,
     }
     totals: dict[str, Tensor] = {}
     metrics: dict[str, list[Mean]] = {}
@@ -76,8 +92,11 @@ def refined_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
         for name, mean in found.metrics.items():
             metrics.setdefault(name, []).append(mean)
         states, texts = found.states, chunks.texts
+    if sidecar.tuned is not None:
+        # Once a chunk, as the step divides it by the number of chunks.
+        totals["pull"] = batch.num_chunks * sidecar.tuned.distance()
     return StepOutput(
-        losses={name: LossTerm(totals[name], unit, weights[name]) for name, unit in UNITS.items()},
+        losses={name: LossTerm(totals[name], unit, weights[name]) for name, unit in units(config).items()},
         metrics={name: _sum(means) for name, means in metrics.items()},
     )
 
@@ -127,6 +146,7 @@ class _Step:
         passes = self._refined(behind, decoding, drafts, states)
         scores = self._scored(behind, [each.result.states for each in passes])
         masked, num_right = self._denoised(behind, own)
+        drift = self._drift(chunks, own)
         return _Found(
             totals={
                 "final_ce": scores[-1].sum(),
@@ -139,9 +159,23 @@ class _Step:
                 "chunks/refined_right": Mean(_right([each.tokens for each in drafts], chunks).sum(), len(chunks)),
                 "chunks/p_commit": Mean(passes[-1].result.p_commit.detach().sum(), len(chunks)),
                 "chunks/masked_accuracy": Mean(num_right, self._num_masked(behind.chunks)),
+                **({} if drift is None else {_DRIFT: drift}),
             },
             states=passes[-1].result.states,
         )
+
+    def _drift(self, chunks: Chunks, own: Sequence[Sequence[int]]) -> Mean | None:
+        """Of the drafts' 3-grams those that the base as it was would not have drafted; None where nothing is tuned."""
+        if self._sidecar.tuned is None:
+            return None
+        with self._sidecar.tuned.set_aside():
+            _, before = self._drafted(_Behind.walked(self._backbone, self._batch, chunks))
+        num_new = num_all = 0
+        for ids, chunk in zip(own, before, strict=True):
+            known = set(_ngrams(chunk.tokens))
+            num_new += sum(ngram not in known for ngram in _ngrams(ids))
+            num_all += len(_ngrams(ids))
+        return Mean(num_new, num_all)
 
     @torch.no_grad()
     def _drafted(self, behind: "_Behind") -> tuple[RefinedDecoding, list[Chunk]]:
@@ -333,6 +367,10 @@ class _Pass:
         return F.pad(self.result.logits, (0, 0, 0, max(0, counted.shape[1] - self.result.logits.shape[1])))[
             :, : counted.shape[1]
         ]
+
+
+def _ngrams(ids: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(ids[start : start + _DRIFT_TOKENS]) for start in range(len(ids) - _DRIFT_TOKENS + 1)]
 
 
 def _greedy(num_rows: int) -> BatchSampler:

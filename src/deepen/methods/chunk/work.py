@@ -49,9 +49,9 @@ class _Works:
         self._backbone, self._sidecar, self._config = backbone, sidecar, config
         cells = [(layer, sidecar.cell_of(layer)) for layer in range(backbone.num_layers)]
         self._cells = [(layer, cell) for layer, cell in cells if cell is not None]
-        # Layers with LoRA begin with the one below whose output the first of them reads.
+        # A layer with LoRA is taken to learn from what the one below gives.
         lowest = min([self._cells[0][0], *(layer - 1 for layer in sidecar.lora_layers)])
-        self._first = lowest
+        self._lowest_tuned = backbone.num_layers if sidecar.tuned is None else min(sidecar.tuned.layers)
         self._at_first_cell = _Begins(lowest)
         self._at_start = _Begins(-1)
         self._never = _Begins(None)
@@ -105,7 +105,9 @@ class _Works:
         last = int(chunks.anchors.max()) + 1
         wanted = torch.zeros(len(batch.lengths), last, dtype=torch.bool)
         wanted[chunks.texts, chunks.anchors] = True
-        total = self._walk(wanted, batch.lengths.clamp(max=last)) + self._draft(chunks)
+        read_and_drafted = self._walk(wanted, batch.lengths.clamp(max=last)) + self._draft(chunks)
+        # Where layers are tuned the base as it was drafts, too, to tell how far they have drifted.
+        total = read_and_drafted * (1 if self._sidecar.tuned is None else 2)
         first = num_passes - (config.grad_passes or num_passes)
         begins = self._at_start if self._sidecar.latent_token is not None else self._at_first_cell
         for number in range(num_passes):
@@ -172,7 +174,7 @@ class _Works:
         learns = begins.layer is not None
         total = self._base_behind(chunks, begins, width=width, says=says)
         for layer, cell in self._cells:
-            h_learns = begins.layer is not None and layer > begins.layer
+            h_learns = self._h_learns(layer, begins)
             total += self._edits(cell, num_rows, width, operands=(1 + h_learns) if learns else 0)
             total += num_rows * Work.of(cell.flops_per_row // 2, operands=(1 + state_learns) if learns else 0)
             total += self._next_state(cell, num_rows, learns=learns and state_is_used, state_learns=state_learns)
@@ -189,12 +191,16 @@ class _Works:
         num_rows = len(chunks)
         total = self._base_behind(chunks, begins, width=chunks.width, says=True)
         for layer, cell in self._cells:
-            h_learns = layer > self._first
+            h_learns = self._h_learns(layer, begins)
             total += self._edits(cell, num_rows, chunks.width, operands=(1 + h_learns) if learns else 0)
             total += num_rows * Work.of(cell.flops_per_row // 2, operands=2 if learns else 0)
             total += self._next_state(cell, num_rows, learns=False, state_learns=False)
         total += self._lora(int(chunks.sizes.sum()), learns=learns)
         return total + num_rows * Work.of(self._sidecar.boundary.flops_per_row // 2)
+
+    def _h_learns(self, layer: int, begins: _Begins) -> bool:
+        """Whether what a layer gives has a gradient before its cell acts."""
+        return begins.layer is not None and (layer > begins.layer or layer >= self._lowest_tuned)
 
     def _base_behind(self, chunks: Chunks, begins: _Begins, *, width: int, says: bool) -> Work:
         costs = self._costs(begins)

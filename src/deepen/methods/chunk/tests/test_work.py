@@ -25,6 +25,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"commit_mode": "exact", "pooling": "chunk", "share_cells": False},
     {"commit_mode": "refined"},
     {"commit_mode": "refined", "phase": "b"},
+    {"commit_mode": "refined", "phase": "c"},
     {"commit_mode": "refined", "use_latent_token": False},
     {"commit_mode": "refined", "grad_passes": 2, "share_cells": False},
     {"commit_mode": "refined", "lambda_masked": 0.0, "draft": "mask"},

@@ -1,0 +1,123 @@
+"""Runs of the phases, as `deepen train` makes them: what each trains, and how one goes on from the one before."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deepen.backbones.identity import fingerprint
+from deepen.checkpoint import open_model
+from deepen.core.errors import CannotTrain, ConfigError
+from deepen.core.method import adapted
+from deepen.core.registry import get
+from deepen.train.config import RunConfig
+from deepen.train.run import train
+
+SIZES = {"d_state": 8, "gate_hidden": 16, "max_inner_steps": 2}
+
+
+@pytest.fixture
+def run_config(tmp_path: Path) -> RunConfig:
+    texts = (f"{n} apples and {3 * n % 11} pears are {n + 3 * n % 11} fruits." for n in range(120))
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return RunConfig(
+        model="tiny:llama", method="chunk", config="recursive_phase_a", overrides=SIZES, num_steps=2, batch_size=4,
+        data=str(tmp_path / "corpus.jsonl"), max_length=40, log_interval=1, output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+def trained(config: RunConfig) -> tuple[Path, list[str]]:
+    shown: list[str] = []
+    return train(config, show=shown.append), shown
+
+
+def moved(before: dict[str, torch.Tensor], folder: Path) -> set[str]:
+    after = load_file(folder / "sidecar.safetensors")
+    return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
+
+
+def test_phase_a_trains_the_sidecar_and_says_so(run_config):
+    folder, shown = trained(run_config)
+    assert shown[0].startswith("trains ") and "refine_cells" in shown[0] and "lora" not in shown[0]
+    saved = load_file(folder / "sidecar.safetensors")
+    assert not any("lora" in name for name in saved)
+    assert saved["refine_cells.0.out.weight"].any()
+    assert json.loads((folder / "recursive_config.json").read_text())["phase"] == "a"
+
+
+def test_the_base_is_the_same_bit_for_bit(run_config):
+    before = fingerprint(open_model("tiny:llama").backbone.model)
+    folder, _ = trained(run_config)
+    assert fingerprint(open_model(str(folder)).backbone.model) == before
+
+
+def test_phase_b_goes_on_from_phase_a(run_config, tmp_path):
+    first, _ = trained(run_config)
+    going_on = replace(
+        run_config, model=str(first), method=None, config=None, overrides={"phase": "b"}, output_dir=str(tmp_path / "b")
+    )
+    second, shown = trained(going_on)
+    assert "lora" in shown[0]
+    before, after = (load_file(each / "sidecar.safetensors") for each in (first, second))
+    assert moved(before, second) >= {name for name in after if name.startswith(("refine_cells.0.out", "lora."))}
+    # What exact mode has no use for stays where it was.
+    assert torch.equal(before["refine_cells.0.state_upd.weight_ih"], after["refine_cells.0.state_upd.weight_ih"])
+    assert json.loads((second / "recursive_config.json").read_text())["phase"] == "b"
+
+
+def test_phase_c_tunes_every_fourth_layer_beside_the_base(run_config, tmp_path):
+    config = replace(run_config, config="recursive_phase_c")
+    folder, shown = trained(config)
+    assert "tuned" in shown[0]
+    base = open_model("tiny:llama").backbone.model
+    opened = open_model(str(folder))
+    assert fingerprint(opened.backbone.model) == fingerprint(base)
+    saved = load_file(folder / "sidecar.safetensors")
+    own = dict(base.named_parameters())
+    tuned = {
+        name.removeprefix("base_delta."): tensor for name, tensor in saved.items() if name.startswith("base_delta.")
+    }
+    assert tuned.keys() == {name for name in own if name.startswith("model.layers.3.")}
+    assert all((tensor - own[name]).abs().max() > 0 for name, tensor in tuned.items())
+    (last,) = [json.loads(line) for line in (folder.parent / "train.jsonl").read_text().splitlines()][-1:]
+    assert 0 < last["train/loss/pull"] < 1e-2 and 0 <= last["train/chunks/ngram_drift"] <= 1
+    # What it generates is the tuned model's; taken off, the base is itself.
+    ids = torch.arange(12)[None]
+    before = base(ids).logits
+    with adapted(opened.model):
+        inside = opened.backbone.model(ids).logits
+    assert not torch.equal(inside, before) and torch.equal(opened.backbone.model(ids).logits, before)
+
+
+def trains(preset: str, **settings: Any) -> set[str]:
+    """The parts that have trained parameters, of a preset on a tiny base."""
+    method = get("chunk")
+    backbone = open_model("tiny:llama").backbone
+    model = method.load_model_type().build(method.load_config(preset), backbone, backbone.vocab_size)
+    named = {id(parameter): name.split(".")[0] for name, parameter in model.named_parameters()}
+    return {named[id(each)] for group in model.optim_groups() for each in group["params"]}
+
+
+def test_presets_differ_in_what_they_train():
+    assert trains("baseline") == trains("after_surgery") == set()
+    assert trains("recursive_phase_a") == {"refine_cells", "boundary", "mask_token"}
+    assert trains("recursive_phase_b") == {"refine_cells", "boundary", "mask_token", "lora"}
+    assert trains("recursive_phase_c") == {"refine_cells", "boundary", "mask_token", "latent_token", "tuned"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [({"phase": "d"}, "phase must be none, a, b, or c"), ({"phases": "a"}, 'phases.*did you mean "?phase')],
+)
+def test_a_wrong_override_is_named(run_config, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        trained(replace(run_config, overrides=overrides))
+
+
+def test_nothing_to_train_is_refused(run_config):
+    with pytest.raises(CannotTrain, match="nothing to train"):
+        trained(replace(run_config, config="after_surgery"))
