@@ -17,7 +17,6 @@ Letters: R chunks, W positions, K passes, D hidden size, V vocabulary.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -212,13 +211,14 @@ class _Step:
                 result = run_refined_embeddings(
                     self._backbone, self._sidecar, behind.run, embeddings, lengths, states, edge
                 )
-            passes.append(_Pass(result, [tuple(chunk.tokens) for chunk in drafts]))
             states, edge = result.states, result.edge
+            read = [tuple(chunk.tokens) for chunk in drafts]
             sampler = _greedy(len(drafts))
             with torch.no_grad():
                 for row, chunk in enumerate(drafts):
                     self._decoder.take(decoding, sampler, row, chunk, result)
-            embeddings = self._embedded_anew(embeddings, result, passes[-1].tokens, drafts)
+            passes.append(_Pass(result, read, edited=[tuple(chunk.tokens) for chunk in drafts]))
+            embeddings = self._embedded_anew(passes[-1])
         return passes
 
     def _embedded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -226,19 +226,17 @@ class _Step:
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._backbone.device)
         return self._backbone.embedding(ids), torch.tensor([len(row) for row in rows], device=ids.device)
 
-    def _embedded_anew(
-        self, embeddings: Tensor, result: RefinedPass, before: Sequence[Sequence[int]], drafts: Sequence[Chunk]
-    ) -> Tensor:
+    def _embedded_anew(self, pass_: "_Pass") -> Tensor:
         """The next pass's input; with soft tokens an edited position is a mixture of what the pass thinks of it."""
-        now, _ = self._embedded([chunk.tokens for chunk in drafts])
+        now, _ = self._embedded(pass_.edited)
         if not self._config.use_soft_tokens:
             return now
         edited = torch.zeros(now.shape[:2], dtype=torch.bool, device=now.device)
-        for row, (old, chunk) in enumerate(zip(before, drafts, strict=True)):
-            edited[row, : len(old)] = torch.tensor([one != other for one, other in zip(old, chunk.tokens, strict=True)])
+        for row, (old, new) in enumerate(zip(pass_.tokens, pass_.edited, strict=True)):
+            edited[row, : len(old)] = torch.tensor([one != other for one, other in zip(old, new, strict=True)])
         if not edited.any():
             return now
-        deciding = result.logits[:, : now.shape[1] - 1][edited[:, 1:]]
+        deciding = pass_.result.logits[:, : now.shape[1] - 1][edited[:, 1:]]
         weights = F.gumbel_softmax(deciding, tau=SOFT_TEMPERATURE)
         return now.masked_scatter(edited[..., None], (weights @ self._backbone.embedding_weight).to(now.dtype))
 
@@ -269,7 +267,7 @@ class _Step:
         sizes = (chunks.sizes - 1).to(scores[0].device)
         labels = losses.should_halt([score.detach() / sizes for score in scores], config.halt_margin)
         lengths = sum(
-            losses.length_loss(each.result.length, _right(each.tokens, chunks).to(p_commit.device)) for each in passes
+            losses.length_loss(each.result.length, _right(each.edited, chunks).to(p_commit.device)) for each in passes
         )
         every = torch.ones_like(labels)
         return {
@@ -352,15 +350,16 @@ class _Behind:
 
     def run(self, tokens: Tensor, **options: object) -> Tensor:
         """One pass behind the prefix."""
-        return partial(self.backbone.run_behind, self.prefix)(tokens, **options)  # type: ignore[arg-type]
+        return self.backbone.run_behind(self.prefix, tokens, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a refined pass said, and the tokens that it read."""
+    """What a refined pass said, the tokens that it read, and what its edits made of them."""
 
     result: RefinedPass
     tokens: list[tuple[int, ...]]
+    edited: list[tuple[int, ...]]
 
     def logits(self, counted: Tensor) -> Tensor:
         """`[R, W - 1, V]`, as wide as the given chunks' targets."""
