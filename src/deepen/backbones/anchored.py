@@ -203,7 +203,10 @@ def _stacked(rows: Sequence[RecurrentPrefix]) -> RecurrentPrefix:
 
 @dataclass(frozen=True)
 class Walk:
-    """What reading texts has given: `prefix` to start passes from, and `logits` at the places that were asked for."""
+    """What reading texts has given: `prefix` to start passes from, `logits` at the places that were asked for, and the
+    outputs of layers that were asked for, in their order.
+    """
 
     prefix: AnchoredPrefix
     logits: Float[Tensor, "n V"]
+    tops: Float[Tensor, "B T L D"]

@@ -37,6 +37,26 @@ _LOCK = threading.Lock()
 _locks: WeakKeyDictionary[nn.Module, "threading.RLock"] = WeakKeyDictionary()
 
 
+class LayerOutputs:
+    """Reads the outputs of some layers while passes run."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._layers = tuple(layers)
+        self._found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def read(self, layer: int, h: Tensor) -> Tensor:
+        """A `LayerEdit` that changes nothing."""
+        if layer in self._found:
+            self._found[layer].append(h)
+        return h
+
+    def stacked(self) -> Tensor:
+        """`[B, T, L, D]` of all passes one behind the other; of no layer an empty tensor."""
+        if not self._layers:
+            return torch.empty(0, 0, 0, 0)
+        return torch.stack([torch.cat(self._found[layer], dim=1) for layer in self._layers], dim=2)
+
+
 @dataclass(frozen=True)
 class AttachPoints:
     """The modules that a method can read from or write to."""
@@ -219,7 +239,13 @@ class Backbone:
 
     @torch.no_grad()
     def walk(
-        self, input_ids: Tensor, lengths: Sequence[int], anchors: Anchors, *, wanted: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        anchors: Anchors,
+        *,
+        wanted: Tensor | None = None,
+        read_layers: Sequence[int] = (),
     ) -> Walk:
         """Read texts `[B, T]`, of which row b has `lengths[b]` tokens, and keep what stands before each anchor.
 
@@ -227,18 +253,20 @@ class Backbone:
         `nonzero()`.
         """
         cache = self.new_cache(batch_size=len(lengths), capacity=input_ids.shape[1])
+        tops = LayerOutputs(read_layers)
         keeper, found = AnchorKeeper(cache, anchors), list[tuple[Tensor, Tensor]]()
         for start in range(0, input_ids.shape[1], WALK_WIDTH):
             widths = [min(max(0, length - start), WALK_WIDTH) for length in lengths]
             slab = slice(start, start + max(widths))
             asked = torch.zeros_like(input_ids[:, slab], dtype=torch.bool) if wanted is None else wanted[:, slab]
             kept = asked.any(dim=0).nonzero()[:, 0].tolist()
-            logits = self.run(input_ids[:, slab], cache, widths=widths, keep=kept)
+            edit = tops.read if read_layers else None
+            logits = self.run(input_ids[:, slab], cache, widths=widths, keep=kept, edit=edit)
             places = asked.nonzero()
             found.append((places[:, 0] * input_ids.shape[1] + places[:, 1] + start, logits[asked[:, kept]]))
             keeper.look(widths)
             cache.commit(widths)
-        return Walk(keeper.prefix(), _in_order(found))
+        return Walk(keeper.prefix(), _in_order(found), tops.stacked())
 
     def run_behind(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepen.backbones.cache import PrefixCache
-from deepen.backbones.hf import Backbone
+from deepen.backbones.hf import Backbone, LayerEdit
 from deepen.core.errors import PromptError
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt, RowAdvance, Spent
@@ -81,14 +81,16 @@ def verify(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft], samp
 
 
 @torch.no_grad()
-def run_drafts(backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft]) -> Tensor:
+def run_drafts(
+    backbone: Backbone, decoding: Decoding, drafts: Sequence[Draft], *, edit: LayerEdit | None = None
+) -> Tensor:
     """Logits `[B, W, V]` of one pass over each row's last token and its draft; W is the longest draft's length + 1.
 
     Entry i of a row is about the token behind its draft's first i. Nothing is committed: that is for `judge`.
     """
     inputs = [[row[-1], *draft.tokens] for row, draft in zip(decoding.rows, drafts, strict=True)]
     ids = pad_rows(inputs, backbone.device)
-    return backbone.run(ids, decoding.cache, widths=[len(row) for row in inputs])
+    return backbone.run(ids, decoding.cache, widths=[len(row) for row in inputs], edit=edit)
 
 
 def spent_on(backbone: Backbone, drafts: Sequence[Draft]) -> Spent:

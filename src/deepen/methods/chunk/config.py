@@ -8,7 +8,7 @@ from deepen.core.errors import ConfigError
 from deepen.methods.chunk import METHOD
 
 CommitMode = Literal["exact", "refined"]
-Draft = Literal["auto", "ar", "lookup", "mask", "jacobi"]
+Draft = Literal["auto", "ar", "lookup", "mask", "jacobi", "shallow"]
 CacheResetPolicy = Literal["keep_kda_recurrent_reset_mla", "keep_all", "reset_all"]
 CorruptionSchedule = Literal["linear", "cosine", "none"]
 CorruptionStrategy = Literal["random", "span"]
@@ -19,7 +19,7 @@ SMALL_BASE_PARAMETERS = 1_000_000_000
 """Bases below this many parameters get the small shape of cells by default."""
 
 DRAFTS_OF_MODE: dict[str, tuple[Draft, ...]] = {
-    "exact": ("auto", "ar", "lookup", "mask", "jacobi"),
+    "exact": ("auto", "ar", "lookup", "mask", "jacobi", "shallow"),
     "refined": ("ar", "mask"),
 }
 """The sources a draft may come from; the first one is the mode's default."""
@@ -38,7 +38,7 @@ EXACT_LOSS_WEIGHTS = ("lambda_distill",)
 """Weights of the losses that only exact mode has."""
 
 FIELDS_OF_ONE_MODE: dict[str, tuple[str, ...]] = {
-    "exact": (*EXACT_LOSS_WEIGHTS, "distill_gamma"),
+    "exact": (*EXACT_LOSS_WEIGHTS, "distill_gamma", "drafter_hidden", "drafter_layers", "draft_vocab"),
     "refined": (
         *REFINED_LOSS_WEIGHTS,
         "keep_better",
@@ -144,6 +144,12 @@ class RecursiveConfig(Config):
     # Distillation from the base on the slots, and the slots over which its position weight falls by a factor e.
     lambda_distill: float = 1.0
     distill_gamma: float = 4.0
+    # The shallow drafter, which draft "shallow" needs: the width inside it; null is none.
+    drafter_hidden: int | None = None
+    # Layers whose outputs it starts from, the last of them last; null is a third and two thirds up, and the last.
+    drafter_layers: tuple[int, ...] | None = None
+    # It drafts only the first so many tokens of the vocabulary; 0 is all of them.
+    draft_vocab: int = 0
     # Rank of phase b's LoRA, on the linears of the last third of the layers.
     lora_rank: int = 8
     # Chunks drawn of each text of a training batch, at most.
@@ -182,6 +188,10 @@ class RecursiveConfig(Config):
         messages = [f"{name} must be positive" for name in sizes if getattr(self, name) <= 0]
         if self.refine_hidden is not None and self.refine_hidden <= 0:
             messages.append("refine_hidden must be positive, or null for a width by the base's size")
+        if self.drafter_hidden is not None and self.drafter_hidden <= 0:
+            messages.append("drafter_hidden must be positive, or null for no drafter")
+        if self.draft_vocab < 0:
+            messages.append(f"draft_vocab must be 0 (all tokens) or more, not {self.draft_vocab}")
         if self.chunk_width > self.max_chunk_len > 0:
             messages.append("chunk_width must be <= max_chunk_len")
         if self.grad_passes < 0 or self.grad_passes == 1:
@@ -234,6 +244,8 @@ class RecursiveConfig(Config):
         if self.resolved_draft not in DRAFTS_OF_MODE[mode]:
             allowed = _one_of(DRAFTS_OF_MODE[mode])
             messages.append(f"draft must be {allowed} in commit_mode {mode}, not {self.draft}")
+        if self.draft == "shallow" and self.drafter_hidden is None:
+            messages.append("draft shallow needs a drafter; set drafter_hidden to its width, such as twice the base's")
         if self.phase == "c" and mode == "exact":
             messages.append(
                 "phase c changes the base, whose output commit_mode exact promises; "

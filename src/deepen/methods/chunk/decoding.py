@@ -19,7 +19,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from deepen.backbones.hf import Backbone
+from deepen.backbones.hf import Backbone, LayerOutputs
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt, Spent
 from deepen.generate.drafts import NO_DRAFT, Draft, JacobiDraft, LookupDraft
@@ -70,6 +70,7 @@ class ExactDecoder:
             "lookup": self._copy,
             "jacobi": self._guess,
             "mask": self._alternate,
+            "shallow": self._read_ahead,
             "auto": self._do_what_pays,
         }
         self._advance = advances[draft]
@@ -130,6 +131,28 @@ class ExactDecoder:
             behind = logits[row, len(gained[row].tokens) : 1 + len(drafts[row].tokens)]
             guess.keep(behind.argmax(dim=-1).tolist())
         return Advance(gained, spent_on(self._backbone, drafts))
+
+    def _read_ahead(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
+        """Verify what the drafter proposed behind the last pass, and let it propose behind this one."""
+        assert self._sidecar is not None and self._sidecar.drafter is not None, "a checked configuration has a drafter"
+        drafter = self._sidecar.drafter
+        drafts = [pending.shortened(self._most(decoding, row)) for row, pending in enumerate(decoding.pending)]
+        tops = LayerOutputs(drafter.read_layers)
+        logits = run_drafts(self._backbone, decoding, drafts, edit=tops.read)
+        gained = judge(decoding, drafts, logits, sampler)
+        # The last position whose input is committed: the base's own token behind it was not read yet.
+        last = torch.tensor([len(each.tokens) - 1 for each in gained], device=logits.device)
+        at_last = tops.stacked()[torch.arange(len(gained), device=last.device), last]
+        ids = torch.tensor([row[-1] for row in decoding.rows], device=logits.device)
+        length = max(self._most(decoding, row) for row in range(len(gained)))
+        spent = spent_on(self._backbone, drafts)
+        decoding.pending = [NO_DRAFT] * len(gained)
+        if length:
+            drafted = drafter.draft(at_last, ids, length).tolist()
+            decoding.pending = [Draft(tuple(tokens), source="shallow", evidence=0) for tokens in drafted]
+            flops = len(gained) * (drafter.flops_per_start + length * drafter.flops_per_token)
+            spent += Spent(added_flops=flops)
+        return Advance(gained, spent)
 
     def _alternate(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
         choices = [

@@ -32,6 +32,7 @@ from deepen.generate.verify import Decoding
 from deepen.methods.chunk import training
 from deepen.methods.chunk.config import CellPlan, RecursiveConfig, resolve_for_base
 from deepen.methods.chunk.decoding import ExactDecoder
+from deepen.methods.chunk.drafter import ShallowDrafter, default_read_layers
 from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell
 from deepen.methods.chunk.passes import Sidecar, refine_slots
 from deepen.methods.chunk.refined import RefinedDecoder
@@ -67,6 +68,7 @@ class ChunkRefineWrapper(nn.Module):
         self.mask_token: MaskToken | None = None
         self.lora: GatedLora | None = None
         self.tuned: TunedLayers | None = None
+        self.drafter: ShallowDrafter | None = None
         if self.config.recursive_enabled:
             self._add_sidecar()
             if self.config.cache_reset_policy == "keep_all":
@@ -93,6 +95,8 @@ class ChunkRefineWrapper(nn.Module):
             if config.use_latent_token:
                 self.latent_token = LatentToken(backbone.vocab_size, hidden_size).to(backbone.device)
             self.mask_token = MaskToken(hidden_size).to(backbone.device)
+        if config.drafter_hidden is not None:
+            self.drafter = self._new_drafter(config.drafter_hidden)
         if config.phase == "b":
             layers = range(backbone.num_layers - math.ceil(backbone.num_layers / 3), backbone.num_layers)
             self.lora = GatedLora(backbone, rank=config.lora_rank, alpha=2.0 * config.lora_rank, layers=layers)
@@ -101,6 +105,22 @@ class ChunkRefineWrapper(nn.Module):
         if not backbone.embedding_weight.is_meta:
             self.mask_token.initialise_from(backbone.embedding_weight)
         training.train_only_these(self._sidecar(), config)
+
+    def _new_drafter(self, hidden: int) -> ShallowDrafter:
+        backbone, config = self.backbone, self.config
+        layers = config.drafter_layers
+        if layers is None:
+            layers = default_read_layers(backbone.num_layers)
+        for layer in layers:
+            if not 0 <= layer < backbone.num_layers:
+                raise ConfigError(f"drafter_layers names layer {layer}, but the base has {backbone.num_layers} layers")
+        if config.draft_vocab > backbone.vocab_size:
+            raise ConfigError(f"draft_vocab is {config.draft_vocab}, but the base's vocabulary {backbone.vocab_size}")
+        with _built_on(backbone.device):
+            num_tokens = config.draft_vocab or backbone.vocab_size
+            return ShallowDrafter(backbone, hidden=hidden, read_layers=layers, num_tokens=num_tokens).to(
+                backbone.device
+            )
 
     def _new_cell(self, layer: int) -> RefineCell:
         # A model spread over devices runs each cell where its layer is; a shared cell stays with the first one.
@@ -117,6 +137,7 @@ class ChunkRefineWrapper(nn.Module):
             "mask_token": self.mask_token,
             "lora": self.lora,
             "base_delta": self.tuned,
+            "drafter": self.drafter,
         }
         return {name: module for name, module in parts.items() if module is not None}
 
@@ -180,7 +201,14 @@ class ChunkRefineWrapper(nn.Module):
     def _parts(self, config: RecursiveConfig) -> Sidecar:
         assert self.boundary is not None and self.mask_token is not None, "an enabled sidecar has all its parts"
         return Sidecar(
-            self._cell_of, self.boundary, self.latent_token, self.mask_token, config.pooling, self.lora, self.tuned
+            self._cell_of,
+            self.boundary,
+            self.latent_token,
+            self.mask_token,
+            config.pooling,
+            lora=self.lora,
+            tuned=self.tuned,
+            drafter=self.drafter,
         )
 
     @torch.no_grad()

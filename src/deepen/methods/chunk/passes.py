@@ -18,6 +18,7 @@ from deepen.backbones.hf import Backbone, LayerEdit
 from deepen.backbones.tuned_layers import TunedLayers
 from deepen.generate.verify import pad_rows
 from deepen.methods.chunk.config import Pooling
+from deepen.methods.chunk.drafter import ShallowDrafter
 from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell, sanitize
 
 # The refine state `[B, S]` of each refined layer, by its index.
@@ -42,6 +43,7 @@ class Sidecar:
     pooling: Pooling
     lora: GatedLora | None = None
     tuned: TunedLayers | None = None
+    drafter: ShallowDrafter | None = None
 
     def acting_at(self, positions: Tensor) -> AbstractContextManager[None]:
         """In the block, passes compute with LoRA, if there is one, at these positions `[B, W]`."""

@@ -1,6 +1,6 @@
 """Training the sidecar: what trains in which mode and phase, and one step of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ def is_trained(name: str, config: RecursiveConfig) -> bool:
     from the top of [Z] to its bottom in a single pass, and slots are met in corrupted chunks alone.
     """
     if config.phase == "none":
+        return False
+    if config.resolved_draft == "shallow":
+        return name.startswith("drafter")
+    if name.startswith("drafter"):
         return False
     if config.commit_mode == "exact":
         return not ("state_upd" in name or name.startswith("latent_token") or "len_head" in name)
@@ -100,11 +104,17 @@ def step(
     backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch, trained: list[nn.Parameter]
 ) -> StepOutput:
     """Loss sums over the chunks; zeros, with a gradient of zeros, where there is no chunk."""
-    make = training_refined.refined_step if config.commit_mode == "refined" else training_exact.exact_step
+    make = _step_of(config)
     if batch.num_chunks:
         return make(backbone, sidecar, config, batch)
     nothing = sum((0.0 * parameter.sum() for parameter in trained), start=torch.zeros((), device=backbone.device))
     return _of_no_chunk(config, nothing)
+
+
+def _step_of(config: RecursiveConfig) -> Callable[[Backbone, Sidecar, RecursiveConfig, ChunkBatch], StepOutput]:
+    if config.commit_mode == "refined":
+        return training_refined.refined_step
+    return training_exact.shallow_step if config.resolved_draft == "shallow" else training_exact.exact_step
 
 
 def _of_no_chunk(config: RecursiveConfig, nothing: Tensor) -> StepOutput:
@@ -112,7 +122,7 @@ def _of_no_chunk(config: RecursiveConfig, nothing: Tensor) -> StepOutput:
     if config.commit_mode == "refined":
         units, metrics = training_refined.units(config), training_refined.metric_names(config)
     else:
-        units, metrics = training_exact.UNITS, training_exact.metric_names(config.chunk_width)
+        units, metrics = training_exact.units(config), training_exact.metric_names(config.chunk_width)
     return StepOutput(
         losses={name: LossTerm(nothing, unit) for name, unit in units.items()},
         metrics={name: Mean(0.0, 0.0) for name in metrics},

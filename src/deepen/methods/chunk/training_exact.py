@@ -26,6 +26,11 @@ LEAST_ANCHOR = 1
 UNITS: Mapping[str, Unit] = {"distill": "token", "accept": "token"}
 
 
+def units(config: RecursiveConfig) -> Mapping[str, Unit]:
+    """Of the losses of a step: the shallow drafter has no boundary head to learn."""
+    return {"distill": "token"} if config.resolved_draft == "shallow" else UNITS
+
+
 def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch) -> StepOutput:
     """Loss sums over the slots of a batch that has chunks."""
     chunks = batch.chunks()
@@ -54,13 +59,39 @@ def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, ba
     )
 
 
-def _walk(backbone: Backbone, batch: ChunkBatch, chunks: Chunks) -> Walk:
+def shallow_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch) -> StepOutput:
+    """Loss sums of the shallow drafter, which reads each chunk from what the base held at its anchor."""
+    assert sidecar.drafter is not None, "a checked configuration has a drafter"
+    drafter, chunks = sidecar.drafter, batch.chunks()
+    walk = _walk(backbone, batch, chunks, read_layers=drafter.read_layers)
+    targets, ids = chunks.targets[:, 1:].to(walk.tops.device), chunks.ids.to(walk.tops.device)
+    theirs = walk.logits[_place_of_targets(batch, chunks).to(walk.logits.device)]
+    state = drafter.start(walk.tops[chunks.texts, chunks.anchors])
+    states = []
+    for place in range(chunks.width - 1):
+        state = drafter.step(state, ids[:, place])
+        states.append(state)
+    ours = drafter.logits(torch.stack(states, dim=1)[targets])
+    numbers = targets.nonzero()[:, 1] + 1
+    weights = slot_weights(numbers, config.distill_gamma)
+    divergence = weighted_divergence(ours, theirs[:, : drafter.num_tokens], weights)
+    agrees = torch.zeros_like(targets)
+    agrees[targets] = ours.argmax(dim=-1) == theirs.argmax(dim=-1)
+    accepted = agrees.long().cumprod(dim=1).bool()
+    return StepOutput(
+        losses={"distill": LossTerm(divergence, "token", config.lambda_distill)},
+        metrics=_metrics(agrees, accepted, targets, chunk_width=config.chunk_width),
+    )
+
+
+def _walk(backbone: Backbone, batch: ChunkBatch, chunks: Chunks, *, read_layers: Sequence[int] = ()) -> Walk:
     """The texts read once, with what the base says at the slots' places."""
     return backbone.walk(
         batch.input_ids.to(backbone.device),
         batch.lengths.tolist(),
         Anchors(chunks.texts.cpu(), chunks.anchors.cpu()),
         wanted=_wanted(batch, chunks),
+        read_layers=read_layers,
     )
 
 

@@ -27,6 +27,8 @@ def step_work(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, bat
     if not batch.num_chunks:
         return Work()
     works = _Works(backbone, sidecar, config)
+    if config.resolved_draft == "shallow":
+        return works.of_shallow_step(batch, batch.chunks())
     if config.commit_mode == "exact":
         return works.of_exact_step(batch, batch.chunks())
     columns = list(columns_of(batch.chunks(), config))
@@ -66,9 +68,6 @@ class _Works:
 
     def of_exact_step(self, batch: ChunkBatch, chunks: Chunks) -> Work:
         """A walk with the logits of slots' places, and a draft pass."""
-        wanted = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-        rows, behind = chunks.targets[:, 1:].nonzero(as_tuple=True)
-        wanted[chunks.texts[rows], chunks.anchors[rows] + behind + 1] = True
         base = self._costs(self._at_start).behind(
             num_rows=len(chunks),
             num_positions=chunks.width,
@@ -77,13 +76,25 @@ class _Works:
         )
         cells = sum((self._edits(cell, len(chunks), chunks.width, operands=2) for _, cell in self._cells), Work())
         num_slots = int(chunks.targets.sum())
-        return (
-            self._walk(wanted, batch.lengths)
-            + base
-            + cells
-            + self._lora(num_slots, learns=True)
-            + self._advice(num_slots)
-        )
+        walk = self._walk_of_slots(batch, chunks)
+        return walk + base + cells + self._lora(num_slots, learns=True) + self._advice(num_slots)
+
+    def of_shallow_step(self, batch: ChunkBatch, chunks: Chunks) -> Work:
+        """The same walk, and the drafter's steps over the chunks."""
+        drafter = self._sidecar.drafter
+        assert drafter is not None, "a checked configuration has a drafter"
+        num_rows, num_steps = len(chunks), chunks.width - 1
+        # What it starts from gets no gradient, nor do the head's rows.
+        fused = num_rows * Work.of(drafter.fuse.weight.numel(), operands=1)
+        steps = num_rows * num_steps * Work.of(drafter.inp.weight.numel() + drafter.out.weight.numel(), operands=2)
+        said = int(chunks.targets.sum()) * Work.of(drafter.num_tokens * self._backbone.hidden_size, operands=1)
+        return self._walk_of_slots(batch, chunks) + fused + steps + said
+
+    def _walk_of_slots(self, batch: ChunkBatch, chunks: Chunks) -> Work:
+        wanted = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+        rows, behind = chunks.targets[:, 1:].nonzero(as_tuple=True)
+        wanted[chunks.texts[rows], chunks.anchors[rows] + behind + 1] = True
+        return self._walk(wanted, batch.lengths)
 
     def _lora(self, num_positions: int, *, learns: bool) -> Work:
         lora = self._sidecar.lora

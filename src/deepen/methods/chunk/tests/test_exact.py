@@ -29,7 +29,8 @@ from deepen.methods.chunk.model import ChunkRefineWrapper
 from deepen.methods.chunk.modules import MaskToken
 
 BASES = ("llama", "qwen3", "nanochat")
-DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto")
+DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto", "shallow")
+DRAFTER = {"drafter_hidden": 24, "draft_vocab": 200}
 NOISE_STD = 5.0
 TOKENIZER = byte_tokenizer()
 
@@ -49,12 +50,17 @@ def wrapper(
         torch.manual_seed(7)
         model = ChunkRefineWrapper(
             backbone(name).model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16,
-            gate_hidden=16, layers_to_refine=(1, 3), cache_reset_policy=policy,
+            gate_hidden=16, layers_to_refine=(1, 3), cache_reset_policy=policy, **of_draft(draft),
         )  # fmt: skip
         if noise:
             for tensor in model.saved_state().values():
                 tensor.normal_(std=NOISE_STD)
     return model
+
+
+def of_draft(draft: str) -> dict[str, int]:
+    """What a source needs beside its name."""
+    return DRAFTER if draft == "shallow" else {}
 
 
 prompts = st.lists(st.integers(0, 255), min_size=1, max_size=40)
@@ -122,7 +128,9 @@ def test_any_sidecar_any_draft_gives_the_plain_output(
 @given(name=st.sampled_from(BASES), draft=st.sampled_from(DRAFTS), chunk_width=st.integers(1, 64), row=prompts)
 def test_in_float64_too(name: str, draft: str, chunk_width: int, row: list[int]) -> None:
     base = Backbone.attach(_double(name))
-    model = ChunkRefineWrapper(base.model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16)
+    model = ChunkRefineWrapper(
+        base.model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16, **of_draft(draft)
+    )
     stop = StopConfig(max_new_tokens=12)
     assert complete(model, [row], stop=stop)[0].tokens == complete(PlainDecoder(base), [row], stop=stop)[0].tokens
 
@@ -324,7 +332,7 @@ def test_one_infinite_slot_leaves_clean_logits_unchanged() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("draft", ["mask", "auto"])
+@pytest.mark.parametrize("draft", ["mask", "auto", "shallow"])
 def test_no_value_in_a_sidecar_reaches_the_output(draft: str, value: float) -> None:
     rows, stop = [[1, 2, 3] * 4, [5]], StopConfig(max_new_tokens=60)
     plain = complete(PlainDecoder(backbone("llama")), rows, stop=stop)
@@ -332,7 +340,7 @@ def test_no_value_in_a_sidecar_reaches_the_output(draft: str, value: float) -> N
     for name in names:
         model = ChunkRefineWrapper(
             backbone("llama").model, recursive_enabled=True, draft=draft, chunk_width=8, d_state=16, gate_hidden=16,
-            layers_to_refine=(1, 3),
+            layers_to_refine=(1, 3), **of_draft(draft),
         )  # fmt: skip
         model.saved_state()[name].fill_(value)
         assert outcome(complete(model, rows, stop=stop)) == outcome(plain), name

@@ -30,7 +30,7 @@ from deepen.generate.verify import open_decoding, verify
 from deepen.methods.chunk.model import ChunkRefineWrapper
 
 BASES = ("kimi_linear", "qwen3_next")
-DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto")
+DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto", "shallow")
 POLICIES = ("keep_kda_recurrent_reset_mla", "reset_all")
 TOLERANCE = 1e-4
 
@@ -45,6 +45,8 @@ def backbone(name: str) -> Backbone:
 @cache
 def wrapper(name: str, *, noise: float = 0.0, **fields: Any) -> ChunkRefineWrapper:
     settings = {"recursive_enabled": True, "chunk_width": 8, "d_state": 16, "gate_hidden": 16, "max_chunk_len": 128}
+    if fields.get("draft") == "shallow":
+        settings |= {"drafter_hidden": 24, "draft_vocab": 200}
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = ChunkRefineWrapper(backbone(name).model, **(settings | fields))

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from deepen.backbones import tiny
+from deepen.backbones.hf import LayerOutputs
 from deepen.core.errors import CannotTrain, DeepenError
-from deepen.core.types import Batch, Progress, StepOutput
+from deepen.core.types import Batch, Progress, Prompt, StepOutput
 from deepen.data.batches import batch_of
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
+from deepen.generate.sampling import BatchSampler, SamplingConfig
 from deepen.generate.stop import StopConfig
 from deepen.methods.chunk import training_exact, training_refined
 from deepen.methods.chunk.config import RecursiveConfig
@@ -167,6 +169,85 @@ class TestWhatTheStepsCompute:
             for place in range(anchor + 2, anchor + 1 + size)
         )
         torch.testing.assert_close(stepped(model, batch).losses["final_ce"].total, expected)
+
+
+SHALLOW: dict[str, Any] = {"draft": "shallow", "drafter_hidden": 24, "draft_vocab": 200, "chunk_width": WIDTH}
+
+
+class TestShallowDrafter:
+    """What `draft: "shallow"` trains and drafts from."""
+
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_its_divergence_is_that_of_the_equations(self, name):
+        """Step by step in float64, from the outputs of the layers at each anchor; over the tokens that it can draft."""
+        model = wrapper(name, distill_gamma=3.0, **SHALLOW)
+        (row,) = texts(23)
+        batch, drafter, base = prepared(model, [row]), model.drafter.double(), model.backbone
+        tops: dict[int, Tensor] = {}
+        cache = base.new_cache(batch_size=1, capacity=len(row))
+        with torch.no_grad():
+            logits = base.run(torch.tensor([row]), cache, edit=tops.setdefault)[0].double()
+
+        def normed(x: Tensor) -> Tensor:
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+        expected = torch.zeros((), dtype=torch.float64)
+        for anchor, size in zip(batch.anchors[0].tolist(), batch.sizes[0].tolist(), strict=True):
+            read = [normed(tops[layer][0, anchor].double()) for layer in drafter.read_layers]
+            state = read[-1] + drafter.fuse.weight @ torch.cat(read)
+            for k in range(1, size):
+                token = base.embedding_weight[row[anchor + k]].double() * embedding_scale(base, row[anchor + k])
+                inner = drafter.inp.weight @ torch.cat([normed(state), token])
+                state = state + drafter.out.weight @ (inner * inner.sigmoid())
+                ours = base.head.weight[:200].double() @ (drafter.scale * normed(state))
+                q, p = ours.log_softmax(-1), logits[anchor + k, :200].log_softmax(-1)
+                expected += torch.exp(torch.tensor(-(k - 1) / 3.0)) * (p.exp() * (p - q)).sum()
+        model.drafter.float()
+        found = stepped(model, batch).losses["distill"].total
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_it_alone_gets_a_gradient(self, name):
+        model = wrapper(name, **SHALLOW)
+        output = stepped(model, prepared(model, texts(21, 15)))
+        output.losses["distill"].total.backward()
+        for path, parameter in model.named_parameters():
+            has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+            assert has_gradient == path.startswith("drafter.") == parameter.requires_grad, path
+
+    def test_it_drafts_from_the_last_token_that_was_read(self):
+        """What it proposes behind a pass is what it proposes behind the whole text, read anew."""
+        model = wrapper(noise=0.5, **SHALLOW)
+        (row,) = texts(9)
+        decoding, sampler = model.open(Prompt((tuple(row),), 30)), BatchSampler([SamplingConfig()])
+        for _ in range(6):
+            model.advance(decoding, sampler)
+            text = decoding.rows[0]
+            cache = model.backbone.new_cache(batch_size=1, capacity=len(text))
+            tops = LayerOutputs(model.drafter.read_layers)
+            with torch.no_grad():
+                model.backbone.run(torch.tensor([text[:-1]]), cache, edit=tops.read)
+            expected = model.drafter.draft(tops.stacked()[:, -1], torch.tensor(text[-1:]), WIDTH - 1)
+            assert decoding.pending[0].tokens == tuple(expected[0].tolist())
+
+    def test_it_learns_a_text_that_the_base_knows_by_heart(self):
+        (row,) = texts(44)
+        base = knowing(row)
+        settings = {"chunk_width": 12, "max_chunk_len": 12, "anchors_per_text": 44, "distill_gamma": 100.0}
+        shape = {"draft": "shallow", "drafter_hidden": 256, "phase": "a"}
+        model = ChunkRefineWrapper(base, RecursiveConfig(**{"recursive_enabled": True, **SIZES, **settings, **shape}))
+        freeze_base(model, base)
+        losses = train(model, batch_of([row]), num_steps=60, learning_rate=3e-3)
+        assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.4
+        (result,) = complete(model.eval(), [row[:4]], stop=StopConfig(max_new_tokens=40))
+        assert result.tokens == row[4:44]
+        assert len(result.tokens) / result.passes > 4
+
+
+def embedding_scale(base: Any, token: int) -> float:
+    """Some models scale embeddings: what the embedding module gives, over its weight."""
+    given, weight = base.embedding(torch.tensor([token]))[0], base.embedding_weight[token]
+    return float((given / weight).mean())
 
 
 class TestWhatReachesWhat:

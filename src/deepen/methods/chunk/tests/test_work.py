@@ -22,6 +22,7 @@ from deepen.train.optim import freeze_base
 SETTINGS: list[dict[str, Any]] = [
     {"commit_mode": "exact"},
     {"commit_mode": "exact", "phase": "b"},
+    {"commit_mode": "exact", "draft": "shallow", "drafter_hidden": 24, "draft_vocab": 200},
     {"commit_mode": "exact", "pooling": "chunk", "share_cells": False},
     {"commit_mode": "refined"},
     {"commit_mode": "refined", "phase": "b"},

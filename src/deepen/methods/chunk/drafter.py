@@ -1,0 +1,97 @@
+"""A small recurrent net that drafts from what the base's layers held at the last token it read.
+
+A pass that verifies a draft leaves, at the last position whose input is committed, the outputs of all layers. Those of
+a few `read_layers` start the drafter's state; each token from the committed one on moves it, and it says the next:
+
+    s_0   = rms_norm(h_top) + fuse([rms_norm(h_l) for read layers l])
+    s_j   = s_{j-1} + out(silu(inp([rms_norm(s_{j-1}), e(x_j)])))
+    p_j+1 = softmax(rows of the base's head . (scale * rms_norm(s_j)))
+
+x_1 is the base's own next token, x_2 the first drafted one; e is the base's embedding. `fuse` and `out` start at zero
+and `scale` at the base's last norm, so a new drafter says what the base said of the token before. No pass of the base
+is spent on drafting: a step costs its two products and the head's rows. After Zhang et al. 2024 (arXiv 2403.09919), who
+draft by a recurrent net from the last layer, and Li et al. 2025 (arXiv 2503.01840), who read several.
+
+Letters: B rows, D hidden size, H width inside, L layers that are read, N tokens that can be drafted.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deepen.backbones.hf import Backbone
+from deepen.methods.chunk.modules import NORM_EPS
+
+
+class ShallowDrafter(nn.Module):
+    """The net; the base's embedding and head are its, too, and stay as they are."""
+
+    def __init__(self, backbone: Backbone, *, hidden: int, read_layers: Sequence[int], num_tokens: int) -> None:
+        """`num_tokens` is N: the first so many of the vocabulary, which a byte-pair tokenizer has by frequency."""
+        super().__init__()
+        size = backbone.hidden_size
+        self.read_layers, self.num_tokens = tuple(read_layers), num_tokens
+        self._backbone = (backbone,)  # in a tuple, so that the base is no part of this module
+        self.fuse = nn.Linear(len(self.read_layers) * size, size, bias=False)
+        self.inp = nn.Linear(2 * size, hidden, bias=False)
+        self.out = nn.Linear(hidden, size, bias=False)
+        self.scale = nn.Parameter(torch.ones(size))
+        nn.init.zeros_(self.fuse.weight)
+        nn.init.zeros_(self.out.weight)
+        norm = getattr(backbone.final_norm, "weight", None)
+        if norm is not None and not norm.is_meta:
+            with torch.no_grad():
+                self.scale.copy_(norm)
+
+    def start(self, tops: Float[Tensor, "*n L D"]) -> Float[Tensor, "*n D"]:
+        """The state before the first token; `tops` are the outputs of the read layers, the last layer's at the end."""
+        normed = _normed(tops)
+        return normed[..., -1, :] + _linear(self.fuse, normed.flatten(-2))
+
+    def step(self, state: Float[Tensor, "*n D"], ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """The state once it has read these tokens."""
+        embedded = self._backbone[0].embedding(ids).to(state.dtype)
+        inner = F.silu(_linear(self.inp, torch.cat([_normed(state), embedded], dim=-1)))
+        return state + _linear(self.out, inner)
+
+    def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n N"]:
+        """Of the token behind what was read, over the first N tokens."""
+        head = self._backbone[0].head
+        rows: Tensor = head.weight[: self.num_tokens]  # type: ignore[index]
+        return F.linear(_normed(state) * self.scale.to(state.dtype), rows.to(state.dtype))
+
+    @torch.no_grad()
+    def draft(self, tops: Float[Tensor, "B L D"], ids: Int[Tensor, "B"], length: int) -> Int[Tensor, "B {length}"]:
+        """What comes behind the tokens `ids`, each the one that its row's base has just decided."""
+        state, drafted = self.start(tops), list[Tensor]()
+        for _ in range(length):
+            state = self.step(state, ids)
+            ids = self.logits(state).argmax(dim=-1)
+            drafted.append(ids)
+        return torch.stack(drafted, dim=1)
+
+    @property
+    def flops_per_start(self) -> int:
+        """FLOPs (2 per multiply-add) of a draft's beginning."""
+        return 2 * self.fuse.weight.numel()
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of each drafted token."""
+        return 2 * (self.inp.weight.numel() + self.out.weight.numel() + self.num_tokens * self.scale.numel())
+
+
+def default_read_layers(num_layers: int) -> tuple[int, ...]:
+    """A third and two thirds up, and the last: its output is what the head reads."""
+    return tuple(sorted({num_layers // 3, 2 * num_layers // 3, num_layers - 1}))
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight.to(x.dtype))
