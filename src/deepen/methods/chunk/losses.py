@@ -34,10 +34,10 @@ def slot_weights(number: Int[Tensor, "n"], gamma: float) -> Float[Tensor, "n"]:
 
 
 def binary_cross_entropy(
-    probability: Float[Tensor, "*n"], label: Bool[Tensor, "*n"], counted: Bool[Tensor, "*n"]
+    logit: Float[Tensor, "*n"], label: Bool[Tensor, "*n"], counted: Bool[Tensor, "*n"]
 ) -> Float[Tensor, ""]:
-    """Of labels where `counted`."""
-    return F.binary_cross_entropy(probability[counted], label[counted].to(probability.dtype), reduction="sum")
+    """Of labels where `counted`; of the logit, since a head that is all but sure has no gradient in a probability."""
+    return F.binary_cross_entropy_with_logits(logit[counted], label[counted].to(logit.dtype), reduction="sum")
 
 
 def should_halt(losses: Sequence[Float[Tensor, "R"]], margin: float) -> Bool[Tensor, "R K"]:

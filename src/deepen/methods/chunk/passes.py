@@ -97,7 +97,7 @@ class RefinedPass:
 
     logits       `[B, W, V]`: entry i of a row decides its chunk's position i + 1
     edge         `[B, D]`, the normed top of the stack at each row's right edge: [Z], or its last token without one
-    p_commit     `[B]`, the boundary head's probability that the chunk should be committed now
+    commit_logit `[B]`, the boundary head's, that the chunk should be committed now; `p_commit` is its probability
     length       `[B, L + 1]`, its log-probabilities of the lengths 0 .. L
     states       the refine states for the next pass
 
@@ -106,9 +106,14 @@ class RefinedPass:
 
     logits: Tensor
     edge: Tensor
-    p_commit: Tensor
+    commit_logit: Tensor
     length: Tensor
     states: States
+
+    @property
+    def p_commit(self) -> Tensor:
+        """`[B]`"""
+        return self.commit_logit.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,8 @@ def run_refined_embeddings(
     last = (widths - 1).clamp(min=0).to(top[0].device)
     at_edge = top[0][torch.arange(len(lengths), device=last.device), last]
     right_edge = backbone.final_norm(at_edge[:, None])
-    p_commit, length = sidecar.boundary(right_edge)
-    return RefinedPass(logits, right_edge[:, 0], p_commit, length, moved)
+    commit_logit, length_logits = sidecar.boundary.logits(right_edge)
+    return RefinedPass(logits, right_edge[:, 0], commit_logit, length_logits.log_softmax(dim=-1), moved)
 
 
 def _with_latent(embeddings: Tensor, lengths: Tensor, latent: Tensor) -> Tensor:

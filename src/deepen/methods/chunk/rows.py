@@ -136,7 +136,7 @@ def draw_rows(
     if num_places is not None:
         room = num_places - 1 - torch.arange(sizes_at.shape[1])
         sizes_at = torch.minimum(sizes_at, room.clamp(min=0))
-        sizes_at[sizes_at < 2] = 0
+    sizes_at[sizes_at < 2] = 0
     anchors, sizes = (
         _consecutive(sizes_at, config) if config.carry_state else _anywhere(sizes_at, config.anchors_per_text)
     )
@@ -147,7 +147,7 @@ def draw_rows(
 
 
 def _sizes_behind(batch: Batch, width: int) -> Int[Tensor, "B T"]:
-    """Tokens of the chunk behind each token: 0 where there is none, else 2 or more."""
+    """Tokens of the chunk behind each token, 0 where there is none."""
     predicted = batch.predicted()
     num_texts, num_tokens = batch.input_ids.shape
     together = torch.arange(1, num_tokens) < batch.lengths[:, None]
@@ -159,7 +159,7 @@ def _sizes_behind(batch: Batch, width: int) -> Int[Tensor, "B T"]:
         run[:, place] = torch.where(predicted[:, place], run[:, place + 1] + 1, 0)
     sizes = torch.zeros_like(run)
     # The first token of a chunk belongs to it, learned or not, as long as it is of the same document.
-    sizes[:, :-1] = torch.where(together & (run[:, 1:] > 0), run[:, 1:] + 1, 0)
+    sizes[:, :-1] = torch.where(together, run[:, 1:] + 1, 0)
     return sizes.clamp(max=width)
 
 
@@ -215,4 +215,4 @@ def _corruption(sizes: Tensor, config: RecursiveConfig, progress: Progress, *, v
 def own_draft_share_at(config: RecursiveConfig, progress: Progress) -> float:
     """The share of corrupted positions that get the model's own draft; it rises to all of them in phases b and c."""
     start = config.own_draft_share
-    return start if config.phase == "a" else start + (1 - start) * progress.fraction
+    return start + (1 - start) * progress.fraction if config.phase in ("b", "c") else start

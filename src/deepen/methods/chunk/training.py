@@ -70,6 +70,15 @@ def require_phase(config: RecursiveConfig) -> None:
             'phase is "none", in which nothing is trained; set phase to "a" (the sidecar), or take the preset '
             "recursive_phase_a"
         )
+    if config.chunk_width == 1:
+        raise CannotTrain(
+            "chunk_width is 1, and a chunk's first token is never drafted or refined; set it to 2 or more"
+        )
+    if config.cache_reset_policy == "keep_all":
+        raise CannotTrain(
+            "cache_reset_policy keep_all is an ablation of generation: passes in training start from the prefix alone; "
+            "set it to keep_kda_recurrent_reset_mla"
+        )
 
 
 def prepare(batch: Batch, config: RecursiveConfig, backbone: Backbone, progress: Progress) -> ChunkBatch:

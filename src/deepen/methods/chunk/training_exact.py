@@ -124,8 +124,8 @@ def _draft_rows(chunks: Chunks) -> tuple[list[list[int]], list[int]]:
 
 
 def _advice(backbone: Backbone, sidecar: Sidecar, top: Tensor) -> Tensor:
-    """`[n]`: the boundary head's probability that the draft is accepted up to each of these slots `[n, D]`."""
-    return sidecar.boundary(backbone.final_norm(top)[:, None])[0]
+    """`[n]`: the boundary head's logit that the draft is accepted up to each of these slots `[n, D]`."""
+    return sidecar.boundary.logits(backbone.final_norm(top)[:, None])[0]
 
 
 def _metrics(agrees: Tensor, accepted: Tensor, targets: Tensor, *, chunk_width: int) -> dict[str, Mean]:

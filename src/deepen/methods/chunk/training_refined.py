@@ -263,17 +263,18 @@ class _Step:
     def _decided(self, behind: "_Behind", passes: Sequence["_Pass"], scores: Sequence[Tensor]) -> dict[str, Tensor]:
         """The losses of the boundary head, which are means over passes."""
         config, chunks = self._config, behind.chunks
-        p_commit = torch.stack([each.result.p_commit for each in passes], dim=1)
+        commit_logit = torch.stack([each.result.commit_logit for each in passes], dim=1)
         sizes = (chunks.sizes - 1).to(scores[0].device)
         labels = losses.should_halt([score.detach() / sizes for score in scores], config.halt_margin)
         lengths = sum(
-            losses.length_loss(each.result.length, _right(each.edited, chunks).to(p_commit.device)) for each in passes
+            losses.length_loss(each.result.length, _right(each.edited, chunks).to(commit_logit.device))
+            for each in passes
         )
         every = torch.ones_like(labels)
         return {
-            "halt": losses.binary_cross_entropy(p_commit, labels, every) / len(passes),
+            "halt": losses.binary_cross_entropy(commit_logit, labels, every) / len(passes),
             "length": torch.as_tensor(lengths) / len(passes),
-            "ponder": losses.expected_passes(p_commit).sum(),
+            "ponder": losses.expected_passes(commit_logit.sigmoid()).sum(),
         }
 
     def _stability(self, behind: "_Behind", passes: Sequence["_Pass"]) -> Tensor:

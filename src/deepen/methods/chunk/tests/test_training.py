@@ -384,6 +384,18 @@ class TestWhatLearns:
         with pytest.raises(CannotTrain, match="recursive_enabled is false"):
             disabled.prepare(batch_of(texts(20)), BEGIN)
 
+    @pytest.mark.filterwarnings("ignore:cache_reset_policy keep_all")
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"chunk_width": 1}, "chunk_width is 1.*set it to 2 or more"),
+            ({"commit_mode": "refined", "cache_reset_policy": "keep_all"}, "keep_all is an ablation of generation"),
+        ],
+    )
+    def test_what_would_train_nothing_or_something_else_is_refused(self, settings, said):
+        with pytest.raises(CannotTrain, match=said):
+            wrapper(**settings).prepare(batch_of(texts(20)), BEGIN)
+
     def test_a_batch_that_was_not_prepared_is_refused(self):
         with pytest.raises(DeepenError, match=r"as prepare\(\) makes it"):
             stepped(wrapper(), batch_of(texts(20)))
