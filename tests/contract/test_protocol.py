@@ -383,6 +383,8 @@ class TestLedger:
             return
         if own:
             freeze_base(model, backbone.model)
+        # What a model drafts in a step is counted as long as it may be.
+        backbone.model.generation_config.eos_token_id = None
         work = model.step_work(batch)
 
         def step() -> None:

@@ -259,9 +259,9 @@ class Backbone:
             widths = [min(max(0, length - start), WALK_WIDTH) for length in lengths]
             slab = slice(start, start + max(widths))
             asked = torch.zeros_like(input_ids[:, slab], dtype=torch.bool) if wanted is None else wanted[:, slab]
-            kept = asked.any(dim=0).nonzero()[:, 0].tolist()
+            kept = asked.any(dim=0).nonzero()[:, 0]
             edit = tops.read if read_layers else None
-            logits = self.run(input_ids[:, slab], cache, widths=widths, keep=kept, edit=edit)
+            logits = self.run(input_ids[:, slab], cache, widths=widths, keep=kept.tolist(), edit=edit)
             places = asked.nonzero()
             found.append((places[:, 0] * input_ids.shape[1] + places[:, 1] + start, logits[asked[:, kept]]))
             keeper.look(widths)
