@@ -225,7 +225,7 @@ class Backbone:
                 position_ids=self._positions(window, width, num_pads),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(kept, device=self.device),
+                logits_to_keep=torch.tensor(kept, dtype=torch.long, device=self.device),
             ).logits
         if not visibility.used:
             raise UnsupportedBackbone(
