@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -269,7 +270,8 @@ class TestTrain:
         }  # fmt: skip
         assert logged[0]["train/learning_rate"] == 1e-2 and logged[0]["train/recursions"] == 2.0
         assert json.loads((folder / "metrics.json").read_text()) == logged[-1]
-        assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+        assert re.fullmatch(r"trains [\d,]+ of [\d,]+ parameters: down \d+, up \d+", lines[0])
+        assert [line.split("  ")[0] for line in lines[1:]] == ["step 1/3", "step 2/3", "step 3/3"]
 
     def test_a_run_leaves_its_ledger(self, run_config):
         folder = train(replace(run_config, log_interval=3), show=silent)
@@ -443,7 +445,7 @@ class TestCommand:
         resolved = RunConfig.from_file(Path(run_config.output_dir) / "run.json")
         assert resolved == replace(run_config, num_steps=1, learning_rate=0.5)
         printed = capsys.readouterr().out
-        assert json.loads(printed[: printed.index("step 1/1")]) == resolved.to_dict()
+        assert json.loads(printed[: printed.index("trains ")]) == resolved.to_dict()
         assert printed.rstrip().endswith(f"trained model: {Path(run_config.output_dir) / 'step_1'}")
 
     @pytest.mark.parametrize(
