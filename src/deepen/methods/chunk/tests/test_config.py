@@ -67,6 +67,11 @@ FURTHER_DEFAULTS = {
     "halt_margin": 0.01,
     "lambda_distill": 1.0,
     "distill_gamma": 4.0,
+    "drafter_hidden": None,
+    "drafter_layers": None,
+    "draft_vocab": 0,
+    "lora_rank": 8,
+    "anchors_per_text": 8,
     "phase": "none",
 }
 
@@ -117,6 +122,7 @@ class TestFields:
             share_cells=shared,
             commit_mode=mode,
             draft=draft,
+            drafter_hidden=64 if draft == "shallow" else None,
         )
         path = tmp_path_factory.mktemp("config") / "recursive_config.json"
         config.save(path)

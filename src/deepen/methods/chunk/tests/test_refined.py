@@ -339,7 +339,7 @@ def passes_with_gradient(model: ChunkRefineWrapper) -> Tensor:
 
 
 def test_every_tensor_gets_a_gradient_and_changes_what_passes_say() -> None:
-    model = wrapper("llama", noise=NOISE_STD, dtype=torch.float64)
+    model = wrapper("llama", noise=NOISE_STD, dtype=torch.float64, phase="a")
     loss = passes_with_gradient(model)
     loss.backward()
     for name, tensor in trained_tensors(model).items():
