@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from deepen.backbones import hf, tiny
-from deepen.backbones.anchored import Anchors, Walk
+from deepen.backbones.anchored import Anchors, Asked, Walk
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import RollbackError
 
 LENGTHS = [21, 13, 30]
 ANCHORS = Anchors(torch.tensor([0, 2, 2, 1, 0, 2]), torch.tensor([5, 30, 7, 13, 20, 8]))
 WIDTHS = [3, 5, 4, 5, 1, 2]
+NOTHING = Asked(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
 BASES = [*tiny.NAMES]
 
 
@@ -24,8 +25,8 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def walked(backbone: Backbone, texts: Tensor, wanted: Tensor | None = None) -> Walk:
-    return backbone.walk(texts, LENGTHS, ANCHORS, wanted=wanted)
+def walked(backbone: Backbone, texts: Tensor, asked: Asked = NOTHING) -> Walk:
+    return backbone.walk(texts, LENGTHS, ANCHORS, asked=asked)
 
 
 def read_alone(backbone: Backbone, tokens: list[int]) -> Tensor:
@@ -91,14 +92,15 @@ def test_what_was_kept_can_be_committed_to_a_cache(backbone, walk_width):
         close(again[row, 0], read_alone(backbone, whole)[0, -1])
 
 
-def test_logits_come_where_they_are_wanted(backbone, walk_width):
+def test_logits_come_where_they_are_asked_for_and_in_that_order(backbone, walk_width):
     texts = ids(3, 30)
-    wanted = torch.rand(3, 30, generator=torch.Generator().manual_seed(0)) < 0.3
-    wanted &= torch.arange(30) < torch.tensor(LENGTHS)[:, None]
-    found = walked(backbone, texts, wanted).logits
-    places = wanted.nonzero().tolist()
-    assert len(found) == len(places) > 10
-    for logits, (text, place) in zip(found, places, strict=True):
+    source = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, 3, (25,), generator=source)
+    places = (torch.rand(25, generator=source) * torch.tensor(LENGTHS)[chosen]).long()
+    chosen[-1], places[-1] = chosen[0], places[0]  # one of them twice
+    found = walked(backbone, texts, Asked(chosen, places)).logits
+    assert len(found) == 25
+    for logits, text, place in zip(found, chosen.tolist(), places.tolist(), strict=True):
         close(logits, read_alone(backbone, texts[text, : place + 1].tolist())[0, -1])
 
 
@@ -133,4 +135,4 @@ def test_gradients_flow_through_several_passes_into_what_they_read(backbone):
 
 def test_an_anchor_stands_behind_a_token(backbone):
     with pytest.raises(RollbackError, match="behind at least one token"):
-        backbone.walk(ids(1, 4), [4], Anchors(torch.tensor([0]), torch.tensor([0])))
+        backbone.walk(ids(1, 4), [4], Anchors(torch.tensor([0]), torch.tensor([0])), asked=NOTHING)

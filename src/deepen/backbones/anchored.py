@@ -34,9 +34,19 @@ class Anchors:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def rows(self, chosen: Sequence[int] | Tensor) -> "Anchors":
-        """Some of them."""
-        return Anchors(self.texts[chosen], self.lengths[chosen])
+
+@dataclass(frozen=True)
+class Asked:
+    """Tokens of texts behind which logits are wanted: token `places[n]` of text `texts[n]`, also more than once."""
+
+    texts: Int[Tensor, "n"]
+    places: Int[Tensor, "n"]
+
+    def mask(self, num_texts: int, num_tokens: int) -> Bool[Tensor, "{num_texts} {num_tokens}"]:
+        """Which tokens of the texts these are."""
+        mask = torch.zeros(num_texts, num_tokens, dtype=torch.bool)
+        mask[self.texts, self.places] = True
+        return mask
 
 
 @dataclass(frozen=True)
@@ -203,9 +213,7 @@ def _stacked(rows: Sequence[RecurrentPrefix]) -> RecurrentPrefix:
 
 @dataclass(frozen=True)
 class Walk:
-    """What reading texts has given: `prefix` to start passes from, `logits` at the places that were asked for, and the
-    outputs of layers that were asked for, in their order.
-    """
+    """What reading texts has given: `prefix` to start passes from, and the `logits` and outputs of layers asked for."""
 
     prefix: AnchoredPrefix
     logits: Float[Tensor, "n V"]

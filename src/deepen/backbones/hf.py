@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Walk
+from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Asked, Walk
 from deepen.backbones.attention import PassPlaces, at_places, attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
@@ -244,29 +244,30 @@ class Backbone:
         lengths: Sequence[int],
         anchors: Anchors,
         *,
-        wanted: Tensor | None = None,
+        asked: Asked,
         read_layers: Sequence[int] = (),
     ) -> Walk:
         """Read texts `[B, T]`, of which row b has `lengths[b]` tokens, and keep what stands before each anchor.
 
-        `wanted` `[B, T]`, on the CPU, asks for the logits behind these tokens, which come in the order of its
-        `nonzero()`.
+        The head runs for what is asked alone, and the outputs of `read_layers` are kept.
         """
         cache = self.new_cache(batch_size=len(lengths), capacity=input_ids.shape[1])
         tops = LayerOutputs(read_layers)
-        keeper, found = AnchorKeeper(cache, anchors), list[tuple[Tensor, Tensor]]()
+        keeper, found = AnchorKeeper(cache, anchors), list[Tensor]()
+        mask = asked.mask(*input_ids.shape)
         for start in range(0, input_ids.shape[1], WALK_WIDTH):
             widths = [min(max(0, length - start), WALK_WIDTH) for length in lengths]
             slab = slice(start, start + max(widths))
-            asked = torch.zeros_like(input_ids[:, slab], dtype=torch.bool) if wanted is None else wanted[:, slab]
-            kept = asked.any(dim=0).nonzero()[:, 0]
+            kept = mask[:, slab].any(dim=0).nonzero()[:, 0]
             edit = tops.read if read_layers else None
             logits = self.run(input_ids[:, slab], cache, widths=widths, keep=kept.tolist(), edit=edit)
-            places = asked.nonzero()
-            found.append((places[:, 0] * input_ids.shape[1] + places[:, 1] + start, logits[asked[:, kept]]))
+            # By place, then by text.
+            found.append(logits.transpose(0, 1)[mask[:, slab][:, kept].T])
             keeper.look(widths)
             cache.commit(widths)
-        return Walk(keeper.prefix(), _in_order(found), tops.stacked())
+        order = mask.T.flatten().long().cumsum(0).view(mask.T.shape) - 1
+        logits = torch.cat(found)[order[asked.places, asked.texts].to(self.device)]
+        return Walk(keeper.prefix(), logits, tops.stacked())
 
     def run_behind(
         self,
@@ -283,7 +284,7 @@ class Backbone:
         `[R, W, V]`, or those of the positions in `keep` alone. `edit` is as in `run`.
         """
         width = tokens.shape[1]
-        cache = prefix.begin(widths)
+        cache, kept = prefix.begin(widths), range(width) if keep is None else list(keep)
         positions = prefix.anchors.lengths[:, None] + torch.arange(width).clamp(max=_last(widths)[:, None])
         recurrence = recurrence_of_pass(self._delta_forwards)
         places = at_places(PassPlaces((prefix.num_keys,) * len(widths), width, prefix.num_keys + width))
@@ -294,7 +295,7 @@ class Backbone:
                 position_ids=positions.to(self.device),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(range(width) if keep is None else list(keep), device=self.device),
+                logits_to_keep=torch.tensor(kept, dtype=torch.long, device=self.device),
             ).logits
         return logits
 
@@ -305,12 +306,6 @@ class Backbone:
             for offset, real in zip(window.offsets, window.widths, strict=True)
         ]
         return torch.tensor(rows, device=self.device)
-
-
-def _in_order(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Logits `[n, V]` of all slabs by their places."""
-    places, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return logits[places.argsort().to(logits.device)]
 
 
 def _last(widths: Sequence[int]) -> Tensor:

@@ -190,6 +190,9 @@ class RecursiveConfig(Config):
             messages.append("refine_hidden must be positive, or null for a width by the base's size")
         if self.drafter_hidden is not None and self.drafter_hidden <= 0:
             messages.append("drafter_hidden must be positive, or null for no drafter")
+        layers = self.drafter_layers
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            messages.append(f"drafter_layers must name at least one layer, ascending, not {list(layers)}")
         if self.draft_vocab < 0:
             messages.append(f"draft_vocab must be 0 (all tokens) or more, not {self.draft_vocab}")
         if self.chunk_width > self.max_chunk_len > 0:
@@ -246,6 +249,15 @@ class RecursiveConfig(Config):
             messages.append(f"draft must be {allowed} in commit_mode {mode}, not {self.draft}")
         if self.draft == "shallow" and self.drafter_hidden is None:
             messages.append("draft shallow needs a drafter; set drafter_hidden to its width, such as twice the base's")
+        if self.drafter_hidden is None:
+            unread = {"drafter_layers": self.drafter_layers, "draft_vocab": self.draft_vocab}
+            messages += [
+                f"{name} {value} has no effect without a drafter; set drafter_hidden, or leave it out"
+                for name, value in unread.items()
+                if value
+            ]
+        if self.draft == "shallow" and self.phase == "b":
+            messages.append("phase b trains LoRA at slots, which draft shallow has none of; set phase to a")
         if self.phase == "c" and mode == "exact":
             messages.append(
                 "phase c changes the base, whose output commit_mode exact promises; "

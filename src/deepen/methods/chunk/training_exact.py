@@ -7,12 +7,13 @@ is accepted up to here. Right data is the base's own greedy text: there an accep
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from deepen.backbones.anchored import Anchors, Walk
+from deepen.backbones.anchored import Anchors, Asked, Walk
 from deepen.backbones.hf import Backbone
 from deepen.core.types import LossTerm, Mean, StepOutput, Unit
 from deepen.methods.chunk.config import RecursiveConfig
@@ -39,23 +40,15 @@ def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, ba
     rows, num_slots = _draft_rows(chunks)
     said = run_slots(backbone, sidecar, run, rows, num_slots)
     targets = chunks.targets[:, 1:].to(said.logits.device)
-    ours, theirs = said.logits[targets], walk.logits[_place_of_targets(batch, chunks).to(walk.logits.device)]
-    numbers = targets.nonzero()[:, 1] + 1
-    divergence = weighted_divergence(ours, theirs, slot_weights(numbers, config.distill_gamma))
-    agrees = torch.zeros_like(targets)
-    agrees[targets] = ours.argmax(dim=-1) == theirs.argmax(dim=-1)
-    accepted = agrees.long().cumprod(dim=1).bool()
+    judged = _judged(said.logits[targets], walk.logits, targets)
     advice = _advice(backbone, sidecar, said.top[:, 1:][targets])
+    accept = binary_cross_entropy(advice, judged.accepted[targets], torch.ones_like(advice, dtype=torch.bool))
     return StepOutput(
         losses={
-            "distill": LossTerm(divergence, UNITS["distill"], config.lambda_distill),
-            "accept": LossTerm(
-                binary_cross_entropy(advice, accepted[targets], torch.ones_like(advice, dtype=torch.bool)),
-                UNITS["accept"],
-                config.lambda_distill,
-            ),
+            "distill": LossTerm(judged.divergence(config.distill_gamma), UNITS["distill"], config.lambda_distill),
+            "accept": LossTerm(accept, UNITS["accept"], config.lambda_distill),
         },
-        metrics=_metrics(agrees, accepted, targets, chunk_width=config.chunk_width),
+        metrics=judged.metrics(config.chunk_width),
     )
 
 
@@ -65,23 +58,50 @@ def shallow_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
     drafter, chunks = sidecar.drafter, batch.chunks()
     walk = _walk(backbone, batch, chunks, read_layers=drafter.read_layers)
     targets, ids = chunks.targets[:, 1:].to(walk.tops.device), chunks.ids.to(walk.tops.device)
-    theirs = walk.logits[_place_of_targets(batch, chunks).to(walk.logits.device)]
     state = drafter.start(walk.tops[chunks.texts, chunks.anchors])
     states = []
     for place in range(chunks.width - 1):
         state = drafter.step(state, ids[:, place])
         states.append(state)
-    ours = drafter.logits(torch.stack(states, dim=1)[targets])
-    numbers = targets.nonzero()[:, 1] + 1
-    weights = slot_weights(numbers, config.distill_gamma)
-    divergence = weighted_divergence(ours, theirs[:, : drafter.num_tokens], weights)
+    judged = _judged(drafter.logits(torch.stack(states, dim=1)[targets]), walk.logits, targets)
+    return StepOutput(
+        losses={"distill": LossTerm(judged.divergence(config.distill_gamma), UNITS["distill"], config.lambda_distill)},
+        metrics=judged.metrics(config.chunk_width),
+    )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a draft says of its n tokens, beside what the base says; `targets` `[R, W - 1]` are where they stand.
+
+    `agrees` and `accepted` are like `targets`: where both choose the same token, here, and here and before.
+    """
+
+    ours: Tensor
+    theirs: Tensor
+    targets: Tensor
+    agrees: Tensor
+    accepted: Tensor
+
+    def divergence(self, gamma: float) -> Tensor:
+        """Of all of them, a later one weighing less; over the tokens that can be drafted."""
+        weights = slot_weights(self.targets.nonzero()[:, 1] + 1, gamma)
+        return weighted_divergence(self.ours, self.theirs[:, : self.ours.shape[-1]], weights)
+
+    def metrics(self, chunk_width: int) -> dict[str, Mean]:
+        """Accepted tokens a draft, and the share that agrees at the first, second, fourth ... place."""
+        found = {"drafts/accepted": Mean(self.accepted.sum(), self.targets.any(dim=1).sum())}
+        for number in _places_told(chunk_width):
+            # No draft of these may be as long, and then there is nothing at this place.
+            here = slice(number - 1, number)
+            found[f"drafts/agreement_{number}"] = Mean(self.agrees[:, here].sum(), self.targets[:, here].sum())
+        return found
+
+
+def _judged(ours: Tensor, theirs: Tensor, targets: Tensor) -> _Judged:
     agrees = torch.zeros_like(targets)
     agrees[targets] = ours.argmax(dim=-1) == theirs.argmax(dim=-1)
-    accepted = agrees.long().cumprod(dim=1).bool()
-    return StepOutput(
-        losses={"distill": LossTerm(divergence, "token", config.lambda_distill)},
-        metrics=_metrics(agrees, accepted, targets, chunk_width=config.chunk_width),
-    )
+    return _Judged(ours, theirs, targets, agrees, agrees.long().cumprod(dim=1).bool())
 
 
 def _walk(backbone: Backbone, batch: ChunkBatch, chunks: Chunks, *, read_layers: Sequence[int] = ()) -> Walk:
@@ -90,30 +110,15 @@ def _walk(backbone: Backbone, batch: ChunkBatch, chunks: Chunks, *, read_layers:
         batch.input_ids.to(backbone.device),
         batch.lengths.tolist(),
         Anchors(chunks.texts.cpu(), chunks.anchors.cpu()),
-        wanted=_wanted(batch, chunks),
+        asked=places_of_slots(chunks),
         read_layers=read_layers,
     )
 
 
-def _wanted(batch: ChunkBatch, chunks: Chunks) -> Tensor:
-    """`[B, T]`: the tokens at the slots' places, of any chunk."""
-    wanted = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-    rows, places = _slot_places(chunks)
-    wanted[rows, places] = True
-    return wanted
-
-
-def _slot_places(chunks: Chunks) -> tuple[Tensor, Tensor]:
+def places_of_slots(chunks: Chunks) -> Asked:
     """Text and place of each slot, in the order of `targets[:, 1:].nonzero()`; slot k says what token k + 1 is."""
     rows, behind = chunks.targets[:, 1:].cpu().nonzero(as_tuple=True)
-    return chunks.texts.cpu()[rows], chunks.anchors.cpu()[rows] + behind + 1
-
-
-def _place_of_targets(batch: ChunkBatch, chunks: Chunks) -> Tensor:
-    """Which of the walk's logits belongs to each slot: several chunks may ask for the same."""
-    order = _wanted(batch, chunks).flatten().long().cumsum(0).view(batch.input_ids.shape) - 1
-    texts, places = _slot_places(chunks)
-    return order[texts, places]
+    return Asked(chunks.texts.cpu()[rows], chunks.anchors.cpu()[rows] + behind + 1)
 
 
 def _draft_rows(chunks: Chunks) -> tuple[list[list[int]], list[int]]:
@@ -126,16 +131,6 @@ def _draft_rows(chunks: Chunks) -> tuple[list[list[int]], list[int]]:
 def _advice(backbone: Backbone, sidecar: Sidecar, top: Tensor) -> Tensor:
     """`[n]`: the boundary head's logit that the draft is accepted up to each of these slots `[n, D]`."""
     return sidecar.boundary.logits(backbone.final_norm(top)[:, None])[0]
-
-
-def _metrics(agrees: Tensor, accepted: Tensor, targets: Tensor, *, chunk_width: int) -> dict[str, Mean]:
-    """Accepted slots a draft, and the share of slots that agree at the first, second, fourth ... place."""
-    found = {"drafts/accepted": Mean(accepted.sum(), targets.any(dim=1).sum())}
-    for number in _places_told(chunk_width):
-        is_there = targets[:, number - 1] if number <= targets.shape[1] else targets[:, :0].sum(dim=1)
-        right = agrees[:, number - 1] if number <= targets.shape[1] else targets[:, :0].sum(dim=1)
-        found[f"drafts/agreement_{number}"] = Mean(right.sum(), is_there.sum())
-    return found
 
 
 def metric_names(chunk_width: int) -> list[str]:

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepen.backbones.anchored import AnchoredPrefix, Anchors
+from deepen.backbones.anchored import AnchoredPrefix, Anchors, Asked
 from deepen.backbones.hf import Backbone
 from deepen.core.types import LossTerm, Mean, StepOutput, Unit
 from deepen.generate.sampling import BatchSampler, SamplingConfig
+from deepen.generate.verify import pad_rows
 from deepen.methods.chunk import losses
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.passes import RefinedPass, Sidecar, States, run_refined_embeddings
@@ -222,8 +223,7 @@ class _Step:
         return passes
 
     def _embedded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self._backbone.device)
+        ids = pad_rows(rows, self._backbone.device)
         return self._backbone.embedding(ids), torch.tensor([len(row) for row in rows], device=ids.device)
 
     def _embedded_anew(self, pass_: "_Pass") -> Tensor:
@@ -336,18 +336,15 @@ class _Behind:
     @classmethod
     def walked(cls, backbone: Backbone, batch: ChunkBatch, chunks: Chunks) -> "_Behind":
         """The texts read once, up to their last anchors."""
-        wanted = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
         texts, anchors = chunks.texts.cpu(), chunks.anchors.cpu()
-        wanted[texts, anchors] = True
         last = int(anchors.max()) + 1
         walk = backbone.walk(
             batch.input_ids[:, :last].to(backbone.device),
             batch.lengths.clamp(max=last).tolist(),
             Anchors(texts, anchors + 1),
-            wanted=wanted[:, :last],
+            asked=Asked(texts, anchors),
         )
-        order = wanted.flatten().long().cumsum(0).view(wanted.shape) - 1
-        return cls(chunks, walk.prefix, walk.logits[order[texts, anchors].to(walk.logits.device)], backbone)
+        return cls(chunks, walk.prefix, walk.logits, backbone)
 
     def run(self, tokens: Tensor, **options: object) -> Tensor:
         """One pass behind the prefix."""

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from deepen.backbones.anchored import WALK_WIDTH
+from deepen.backbones.anchored import WALK_WIDTH, Asked
 from deepen.backbones.costs import PassCosts, pass_costs, training_costs
 from deepen.backbones.hf import Backbone
 from deepen.core.types import Work
@@ -14,6 +13,7 @@ from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.modules import RefineCell
 from deepen.methods.chunk.passes import Sidecar
 from deepen.methods.chunk.rows import ChunkBatch, Chunks
+from deepen.methods.chunk.training_exact import places_of_slots
 from deepen.methods.chunk.training_refined import columns_of
 
 
@@ -91,10 +91,7 @@ class _Works:
         return self._walk_of_slots(batch, chunks) + fused + steps + said
 
     def _walk_of_slots(self, batch: ChunkBatch, chunks: Chunks) -> Work:
-        wanted = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
-        rows, behind = chunks.targets[:, 1:].nonzero(as_tuple=True)
-        wanted[chunks.texts[rows], chunks.anchors[rows] + behind + 1] = True
-        return self._walk(wanted, batch.lengths)
+        return self._walk(places_of_slots(chunks).mask(*batch.input_ids.shape), batch.lengths)
 
     def _lora(self, num_positions: int, *, learns: bool) -> Work:
         lora = self._sidecar.lora
@@ -114,8 +111,7 @@ class _Works:
         """A walk to the anchors, a draft, K passes over it, K that score, and K over what is corrupted."""
         config, num_passes = self._config, self._config.max_inner_steps
         last = int(chunks.anchors.max()) + 1
-        wanted = torch.zeros(len(batch.lengths), last, dtype=torch.bool)
-        wanted[chunks.texts, chunks.anchors] = True
+        wanted = Asked(chunks.texts, chunks.anchors).mask(len(batch.lengths), last)
         read_and_drafted = self._walk(wanted, batch.lengths.clamp(max=last)) + self._draft(chunks)
         # Where layers are tuned the base as it was drafts, too, to tell how far they have drifted.
         total = read_and_drafted * (1 if self._sidecar.tuned is None else 2)

@@ -135,6 +135,28 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
+            (
+                RecursiveConfig(draft="shallow"),
+                "draft shallow needs a drafter; set drafter_hidden to its width, such as twice the base's",
+            ),
+            (
+                RecursiveConfig(draft_vocab=9),
+                "draft_vocab 9 has no effect without a drafter; set drafter_hidden, or leave it out",
+            ),
+            (
+                RecursiveConfig(drafter_layers=(1, 2)),
+                "drafter_layers (1, 2) has no effect without a drafter; set drafter_hidden, or leave it out",
+            ),
+            (
+                RecursiveConfig(drafter_hidden=8, drafter_layers=(2, 1)),
+                "drafter_layers must name at least one layer, ascending, not [2, 1]",
+            ),
+            (RecursiveConfig(drafter_hidden=0), "drafter_hidden must be positive, or null for no drafter"),
+            (RecursiveConfig(drafter_hidden=8, draft_vocab=-1), "draft_vocab must be 0 (all tokens) or more, not -1"),
+            (
+                RecursiveConfig(draft="shallow", drafter_hidden=8, phase="b"),
+                "phase b trains LoRA at slots, which draft shallow has none of; set phase to a",
+            ),
             (RecursiveConfig(chunk_width=0), "chunk_width must be positive"),
             (RecursiveConfig(max_inner_steps=0), "max_inner_steps must be positive"),
             (RecursiveConfig(commit_threshold=1.1), "commit_threshold must be in [0, 1]"),
