@@ -19,6 +19,7 @@ from deepen.methods.chunk import training_exact, training_refined
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper
 from deepen.methods.chunk.passes import RefinedPass, run_refined_embeddings
+from deepen.methods.chunk.refined import RefinedDecoder
 from deepen.methods.chunk.rows import SLOT, ChunkBatch
 from deepen.train.module import StepModule
 from deepen.train.optim import freeze_base, make_optimizers
@@ -171,6 +172,57 @@ class TestWhatTheStepsCompute:
         torch.testing.assert_close(stepped(model, batch).losses["final_ce"].total, expected)
 
 
+class TestWhatTheBoundaryHeadLearns:
+    def test_a_slot_is_accepted_if_all_before_it_agree_too(self):
+        targets = torch.tensor([[True, True, True], [True, True, False]])
+        theirs = torch.eye(5)[[0, 1, 2, 3, 4]]
+        ours = torch.eye(5)[[0, 4, 2, 3, 4]]  # the second of the first draft is wrong
+        judged = training_exact._judged(ours, theirs, targets)
+        assert judged.agrees.tolist() == [[True, False, True], [True, True, False]]
+        assert judged.accepted.tolist() == [[True, False, False], [True, True, False]]
+        found = {name: (float(mean.total), float(mean.count)) for name, mean in judged.metrics(6).items()}
+        assert found == {
+            "drafts/accepted": (3, 2), "drafts/agreement_1": (2, 2), "drafts/agreement_2": (1, 2),
+            "drafts/agreement_4": (0, 0),
+        }  # fmt: skip
+
+    def test_the_length_is_that_of_what_a_pass_made_of_its_draft(self, monkeypatch):
+        """Where the given chunk is what the first pass edits its draft to, that pass should name the whole of it."""
+        model = wrapper(commit_mode="refined", corruption_rate=1.0)
+        (row,) = texts(1 + WIDTH)
+        edited, labels = self.edits_and_labels(model, row, monkeypatch)
+        assert edited[0] != self.drafted(model, row)
+        again, labels = self.edits_and_labels(model, [row[0], *edited[0]], monkeypatch)
+        assert again == edited and labels[0] == WIDTH
+
+    @staticmethod
+    def drafted(model: ChunkRefineWrapper, row: list[int]) -> list[int]:
+        plain = complete(PlainDecoder(model.backbone), [row[:1]], stop=StopConfig(max_new_tokens=WIDTH))
+        return plain[0].tokens
+
+    @staticmethod
+    def edits_and_labels(
+        model: ChunkRefineWrapper, row: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[list[list[int]], list[int]]:
+        """What each pass made of the only chunk, and the length that its head was to name."""
+        edited: list[list[int]] = []
+        labels: list[int] = []
+
+        def take(decoder: RefinedDecoder, decoding: Any, sampler: Any, index: int, chunk: Any, result: Any) -> None:
+            TAKE(decoder, decoding, sampler, index, chunk, result)
+            edited.append(list(chunk.tokens))
+
+        def length_loss(log_probs: Tensor, lengths: Tensor) -> Tensor:
+            labels.extend(lengths.tolist())
+            return LENGTH_LOSS(log_probs, lengths)
+
+        monkeypatch.setattr(RefinedDecoder, "take", take)
+        monkeypatch.setattr(training_refined.losses, "length_loss", length_loss)
+        stepped(model, at_grid(model, row))
+        return edited, labels
+
+
+TAKE, LENGTH_LOSS = RefinedDecoder.take, training_refined.losses.length_loss
 SHALLOW: dict[str, Any] = {"draft": "shallow", "drafter_hidden": 24, "draft_vocab": 200, "chunk_width": WIDTH}
 
 
