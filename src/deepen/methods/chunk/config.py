@@ -38,7 +38,7 @@ EXACT_LOSS_WEIGHTS = ("lambda_distill",)
 """Weights of the losses that only exact mode has."""
 
 FIELDS_OF_ONE_MODE: dict[str, tuple[str, ...]] = {
-    "exact": (*EXACT_LOSS_WEIGHTS, "distill_gamma", "drafter_hidden", "drafter_layers", "draft_vocab"),
+    "exact": (*EXACT_LOSS_WEIGHTS, "distill_gamma", "drafter_hidden", "drafter_layers", "draft_vocab", "keep_outputs"),
     "refined": (
         *REFINED_LOSS_WEIGHTS,
         "keep_better",
@@ -150,6 +150,8 @@ class RecursiveConfig(Config):
     drafter_layers: tuple[int, ...] | None = None
     # It drafts only the first so many tokens of the vocabulary; 0 is all of them.
     draft_vocab: int = 0
+    # Whether its training keeps what the base's layers gave for each text, in the cache folder.
+    keep_outputs: bool = False
     # Rank of phase b's LoRA, on the linears of the last third of the layers.
     lora_rank: int = 8
     # Chunks drawn of each text of a training batch, at most.
@@ -256,6 +258,10 @@ class RecursiveConfig(Config):
                 for name, value in unread.items()
                 if value
             ]
+        if self.keep_outputs and mode == "exact" and self.draft != "shallow":
+            messages.append(
+                "keep_outputs has an effect only in training the shallow drafter; set draft to shallow, or leave it out"
+            )
         if self.draft == "shallow" and self.phase == "b":
             messages.append("phase b trains LoRA at slots, which draft shallow has none of; set phase to a")
         if self.phase == "c" and mode == "exact":

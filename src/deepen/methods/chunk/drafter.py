@@ -16,6 +16,7 @@ Letters: B rows, D hidden size, H width inside, L layers that are read, N tokens
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deepen.backbones.hf import Backbone
+from deepen.backbones.kept_outputs import KeptOutputs
 from deepen.methods.chunk.modules import NORM_EPS
 
 
@@ -59,9 +61,13 @@ class ShallowDrafter(nn.Module):
 
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n N"]:
         """Of the token behind what was read, over the first N tokens."""
-        head = self._backbone[0].head
-        rows: Tensor = head.weight[: self.num_tokens]  # type: ignore[index]
+        rows: Tensor = self._backbone[0].head.weight[: self.num_tokens]  # type: ignore[index]
         return F.linear(_normed(state) * self.scale.to(state.dtype), rows.to(state.dtype))
+
+    @cached_property
+    def kept_outputs(self) -> KeptOutputs:
+        """Of the layers that are read, and of the last one at the end."""
+        return KeptOutputs(self._backbone[0], self.read_layers)
 
     @torch.no_grad()
     def draft(self, tops: Float[Tensor, "B L D"], ids: Int[Tensor, "B"], length: int) -> Int[Tensor, "B {length}"]:

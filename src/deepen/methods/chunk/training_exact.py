@@ -17,6 +17,7 @@ from deepen.backbones.anchored import Anchors, Asked, Walk
 from deepen.backbones.hf import Backbone
 from deepen.core.types import LossTerm, Mean, StepOutput, Unit
 from deepen.methods.chunk.config import RecursiveConfig
+from deepen.methods.chunk.drafter import ShallowDrafter
 from deepen.methods.chunk.losses import binary_cross_entropy, slot_weights, weighted_divergence
 from deepen.methods.chunk.passes import Sidecar, run_slots
 from deepen.methods.chunk.rows import ChunkBatch, Chunks
@@ -40,7 +41,7 @@ def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, ba
     rows, num_slots = _draft_rows(chunks)
     said = run_slots(backbone, sidecar, run, rows, num_slots)
     targets = chunks.targets[:, 1:].to(said.logits.device)
-    judged = _judged(said.logits[targets], walk.logits, targets)
+    judged = _judged(said.logits[targets], walk.logits, walk.logits.argmax(dim=-1), targets)
     advice = _advice(backbone, sidecar, said.top[:, 1:][targets])
     accept = binary_cross_entropy(advice, judged.accepted[targets], torch.ones_like(advice, dtype=torch.bool))
     return StepOutput(
@@ -56,14 +57,14 @@ def shallow_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
     """Loss sums of the shallow drafter, which reads each chunk from what the base held at its anchor."""
     assert sidecar.drafter is not None, "a checked configuration has a drafter"
     drafter, chunks = sidecar.drafter, batch.chunks()
-    walk = _walk(backbone, batch, chunks, read_layers=drafter.read_layers)
-    targets, ids = chunks.targets[:, 1:].to(walk.tops.device), chunks.ids.to(walk.tops.device)
-    state = drafter.start(walk.tops[chunks.texts, chunks.anchors])
+    read = _read_kept(drafter, batch, chunks) if config.keep_outputs else _read_anew(backbone, drafter, batch, chunks)
+    targets, ids = chunks.targets[:, 1:].to(read.tops.device), chunks.ids.to(read.tops.device)
+    state = drafter.start(read.tops)
     states = []
     for place in range(chunks.width - 1):
         state = drafter.step(state, ids[:, place])
         states.append(state)
-    judged = _judged(drafter.logits(torch.stack(states, dim=1)[targets]), walk.logits, targets)
+    judged = _judged(drafter.logits(torch.stack(states, dim=1)[targets]), read.logits, read.said, targets)
     return StepOutput(
         losses={"distill": LossTerm(judged.divergence(config.distill_gamma), UNITS["distill"], config.lambda_distill)},
         metrics=judged.metrics(config.chunk_width),
@@ -71,10 +72,48 @@ def shallow_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """What a draft says of its n tokens, beside what the base says; `targets` `[R, W - 1]` are where they stand.
+class _Read:
+    """What the base held at the anchors of R chunks, and what it says at the places of n slots.
 
-    `agrees` and `accepted` are like `targets`: where both choose the same token, here, and here and before.
+    tops    `[R, L, D]`, outputs of the layers that the drafter reads
+    logits  `[n, N]`, of the tokens that can be drafted
+    said    `[n]`, the likeliest id of all
+    """
+
+    tops: Tensor
+    logits: Tensor
+    said: Tensor
+
+
+def _read_anew(backbone: Backbone, drafter: ShallowDrafter, batch: ChunkBatch, chunks: Chunks) -> _Read:
+    walk = _walk(backbone, batch, chunks, read_layers=drafter.read_layers)
+    return _Read(
+        walk.tops[chunks.texts, chunks.anchors], walk.logits[:, : drafter.num_tokens], walk.logits.argmax(dim=-1)
+    )
+
+
+def _read_kept(drafter: ShallowDrafter, batch: ChunkBatch, chunks: Chunks) -> _Read:
+    """From each text by itself, read now or before; what the head says is made anew, once a place."""
+    texts = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
+    kept = drafter.kept_outputs
+    outputs = [kept.of(ids) for ids in texts]
+    starts = torch.tensor([0, *map(len, texts)]).cumsum(dim=0)
+    tops, said = torch.cat([each.tops for each in outputs]), torch.cat([each.said for each in outputs])
+    asked = places_of_slots(chunks)
+    places, of_slot = (starts[asked.texts] + asked.places).unique(return_inverse=True)
+    with torch.no_grad():
+        logits = kept.logits(tops[places, -1], drafter.num_tokens)
+    at_anchors = tops[starts[chunks.texts.cpu()] + chunks.anchors.cpu()]
+    read = [kept.layers.index(layer) for layer in drafter.read_layers]
+    return _Read(at_anchors[:, read], logits[of_slot], said[places][of_slot])
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a draft says of its n tokens, beside what the base says of those that can be drafted.
+
+    `targets` `[R, W - 1]` are where they stand. `agrees` and `accepted` are like `targets`: where both choose the same
+    token, here, and here and before.
     """
 
     ours: Tensor
@@ -84,9 +123,9 @@ class _Judged:
     accepted: Tensor
 
     def divergence(self, gamma: float) -> Tensor:
-        """Of all of them, a later one weighing less; over the tokens that can be drafted."""
+        """Of all of them, a later one weighing less."""
         weights = slot_weights(self.targets.nonzero()[:, 1] + 1, gamma)
-        return weighted_divergence(self.ours, self.theirs[:, : self.ours.shape[-1]], weights)
+        return weighted_divergence(self.ours, self.theirs, weights)
 
     def metrics(self, chunk_width: int) -> dict[str, Mean]:
         """Accepted tokens a draft, and the share that agrees at the first, second, fourth ... place."""
@@ -98,9 +137,9 @@ class _Judged:
         return found
 
 
-def _judged(ours: Tensor, theirs: Tensor, targets: Tensor) -> _Judged:
+def _judged(ours: Tensor, theirs: Tensor, said: Tensor, targets: Tensor) -> _Judged:
     agrees = torch.zeros_like(targets)
-    agrees[targets] = ours.argmax(dim=-1) == theirs.argmax(dim=-1)
+    agrees[targets] = ours.argmax(dim=-1) == said
     return _Judged(ours, theirs, targets, agrees, agrees.long().cumprod(dim=1).bool())
 
 

@@ -80,7 +80,7 @@ class _Works:
         return walk + base + cells + self._lora(num_slots, learns=True) + self._advice(num_slots)
 
     def of_shallow_step(self, batch: ChunkBatch, chunks: Chunks) -> Work:
-        """The same walk, and the drafter's steps over the chunks."""
+        """The same walk, or texts read to be kept, and the drafter's steps over the chunks."""
         drafter = self._sidecar.drafter
         assert drafter is not None, "a checked configuration has a drafter"
         num_rows, num_steps = len(chunks), chunks.width - 1
@@ -88,7 +88,24 @@ class _Works:
         fused = num_rows * Work.of(drafter.fuse.weight.numel(), operands=1)
         steps = num_rows * num_steps * Work.of(drafter.inp.weight.numel() + drafter.out.weight.numel(), operands=2)
         said = int(chunks.targets.sum()) * Work.of(drafter.num_tokens * self._backbone.hidden_size, operands=1)
-        return self._walk_of_slots(batch, chunks) + fused + steps + said
+        read = self._read_and_kept(batch, chunks) if self._config.keep_outputs else self._walk_of_slots(batch, chunks)
+        return read + fused + steps + said
+
+    def _read_and_kept(self, batch: ChunkBatch, chunks: Chunks) -> Work:
+        """Each text by itself, with the logits of every place, and the drafted tokens' again where slots stand.
+
+        It is counted where the text was kept before, too: a count that knew would be another one in a run that was cut
+        off and goes on elsewhere.
+        """
+        drafter = self._sidecar.drafter
+        assert drafter is not None, "a checked configuration has a drafter"
+        total = Work()
+        for length in batch.lengths.tolist():
+            for start in range(0, length, WALK_WIDTH):
+                width = min(WALK_WIDTH, length - start)
+                total += self._clean.over(num_positions=width, context=start, num_logits=width)
+        num_places = int(places_of_slots(chunks).mask(*batch.input_ids.shape).sum())
+        return total + num_places * Work.of(drafter.num_tokens * self._backbone.hidden_size)
 
     def _walk_of_slots(self, batch: ChunkBatch, chunks: Chunks) -> Work:
         return self._walk(places_of_slots(chunks).mask(*batch.input_ids.shape), batch.lengths)

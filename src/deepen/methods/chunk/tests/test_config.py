@@ -70,6 +70,7 @@ FURTHER_DEFAULTS = {
     "drafter_hidden": None,
     "drafter_layers": None,
     "draft_vocab": 0,
+    "keep_outputs": False,
     "lora_rank": 8,
     "anchors_per_text": 8,
     "phase": "none",
@@ -156,6 +157,11 @@ class TestMessages:
             (
                 RecursiveConfig(draft="shallow", drafter_hidden=8, phase="b"),
                 "phase b trains LoRA at slots, which draft shallow has none of; set phase to a",
+            ),
+            (
+                RecursiveConfig(drafter_hidden=8, keep_outputs=True),
+                "keep_outputs has an effect only in training the shallow drafter; "
+                "set draft to shallow, or leave it out",
             ),
             (RecursiveConfig(chunk_width=0), "chunk_width must be positive"),
             (RecursiveConfig(max_inner_steps=0), "max_inner_steps must be positive"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepen.backbones import tiny
 from deepen.backbones.hf import LayerOutputs
+from deepen.check.counted import passes_of
 from deepen.core.errors import CannotTrain, DeepenError
 from deepen.core.types import Batch, Progress, Prompt, StepOutput
 from deepen.data.batches import batch_of
@@ -257,6 +258,59 @@ class TestShallowDrafter:
         model.drafter.float()
         found = stepped(model, batch).losses["distill"].total
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("layers", [None, (1,)], ids=["default", "not-the-last"])
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_it_learns_the_same_from_what_was_kept(self, name, layers, monkeypatch, tmp_path):
+        """Texts of one batch read together, read by themselves, and read from the disk."""
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
+        settings = {**SHALLOW, "drafter_layers": layers}
+        rows = texts(21, 15)
+        anew = wrapper(name, noise=0.1, **settings)
+        batch = prepared(anew, rows)
+        expected = stepped(anew, batch)
+        found, read = [], []
+        for _ in range(2):
+            model = wrapper(name, noise=0.1, **settings, keep_outputs=True)
+            with passes_of(model.backbone) as passes:
+                found.append(stepped(model, batch))
+            read.append(len(list(passes)))
+        assert read == [2, 0]
+        totals = [output.losses["distill"].total for output in found]
+        assert torch.equal(*totals)
+        torch.testing.assert_close(totals[0], expected.losses["distill"].total, rtol=1e-5, atol=1e-5)
+        assert found[0].metrics == found[1].metrics == expected.metrics
+
+    def test_another_base_reads_its_own(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
+        (row,) = texts(15)
+        one, other = (wrapper(**SHALLOW, keep_outputs=True) for _ in range(2))
+        with torch.no_grad():
+            other.backbone.embedding_weight.mul_(1.5)
+        tops = [model.drafter.kept_outputs.of(row).tops for model in (one, other)]
+        assert not torch.equal(*tops)
+        assert len(list(tmp_path.glob("outputs/*/*.safetensors"))) == 2
+
+    def test_a_base_that_says_otherwise_than_its_head_is_refused(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
+        (row,) = texts(15)
+        model = wrapper("nanochat", **SHALLOW, keep_outputs=True)
+        kept = model.drafter.kept_outputs
+        monkeypatch.setattr(kept, "logits", lambda top, num_tokens: 3 * torch.ones(len(top), num_tokens))
+        for _ in range(2):
+            with pytest.raises(CannotTrain, match="can't make the logits of NanoChatForCausalLM"):
+                kept.of(row)
+        assert not list(tmp_path.glob("outputs/*/*"))
+
+    def test_what_is_damaged_is_named(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
+        (row,) = texts(15)
+        model = wrapper(**SHALLOW, keep_outputs=True)
+        model.drafter.kept_outputs.of(row)
+        (path,) = tmp_path.glob("outputs/*/*.safetensors")
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(DeepenError, match=r"is damaged .* delete it, and it is made again"):
+            model.drafter.kept_outputs.of(row)
 
     @pytest.mark.parametrize("name", tiny.NAMES)
     def test_it_alone_gets_a_gradient(self, name):

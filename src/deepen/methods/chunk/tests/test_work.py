@@ -1,6 +1,7 @@
 """What a training step of the sidecar is said to cost, against what torch counts, in both modes and on every base."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from deepen.backbones import hf, tiny
 from deepen.backbones.cache import PrefixCache, RecurrentPrefix
 from deepen.backbones.costs import pass_costs
+from deepen.backbones.kept_outputs import KeptOutputs
 from deepen.check.counted import counted_flops, passes_of
 from deepen.core.types import Batch, Progress
 from deepen.data.batches import batch_of
@@ -23,6 +25,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"commit_mode": "exact"},
     {"commit_mode": "exact", "phase": "b"},
     {"commit_mode": "exact", "draft": "shallow", "drafter_hidden": 24, "draft_vocab": 200},
+    {"commit_mode": "exact", "draft": "shallow", "drafter_hidden": 24, "keep_outputs": True},
     {"commit_mode": "exact", "pooling": "chunk", "share_cells": False},
     {"commit_mode": "refined"},
     {"commit_mode": "refined", "phase": "b"},
@@ -71,6 +74,13 @@ def some_batch(model: ChunkRefineWrapper) -> Batch:
 def step(model: ChunkRefineWrapper, batch: Batch) -> None:
     output = model.train_step(batch, model.begin(batch), Progress(0, 10))
     torch.stack([term.total for term in output.losses.values()]).sum().backward()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing was kept yet, and nothing is compared, which is done once in a run and isn't counted."""
+    monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(KeptOutputs, "_compare", lambda *_: None)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
