@@ -8,7 +8,8 @@ import torch
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
 from deepen.evaluate.agreement import compare
-from deepen.evaluate.delta_equality import PARTLY_RIGHT, draw_cases, fill_with_noise, tally_cases
+from deepen.evaluate.delta_equality import PARTLY_RIGHT, draw_cases, tally_cases
+from deepen.evaluate.noise import fill_with_noise
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.stop import StopConfig

@@ -10,7 +10,7 @@ import torch
 from deepen.backbones import tiny
 from deepen.cli.main import main
 from deepen.core.types import Batch
-from deepen.evaluate.delta_equality import fill_with_noise
+from deepen.evaluate.noise import fill_with_noise
 from deepen.generate.loop import complete
 from deepen.generate.stop import StopConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper

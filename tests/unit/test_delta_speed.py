@@ -16,7 +16,7 @@ from deepen.core import registry
 from deepen.core.errors import ConfigError
 from deepen.core.types import Advance, RowAdvance
 from deepen.evaluate.agreement import Agreement
-from deepen.evaluate.delta_equality import NOISE_STD, PARTLY_RIGHT, Tally, draw_cases, fill_with_noise, tally_cases
+from deepen.evaluate.delta_equality import PARTLY_RIGHT, Tally, draw_cases, tally_cases
 from deepen.evaluate.delta_speed import (
     CHUNK,
     KEPT,
@@ -28,6 +28,7 @@ from deepen.evaluate.delta_speed import (
     run_race,
     saved_bytes,
 )
+from deepen.evaluate.noise import NOISE_STD, fill_with_noise
 from deepen.generate.plain import PlainDecoder
 
 

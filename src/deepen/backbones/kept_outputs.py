@@ -69,10 +69,9 @@ class KeptOutputs:
         except (SafetensorError, TypeError) as error:
             raise DeepenError(f"{path} is damaged ({error}); delete it, and it is made again") from error
 
-    def logits(self, top: Float[Tensor, "*n D"], num_tokens: int) -> Float[Tensor, "*n N"]:
-        """What the base says of the first `num_tokens` of its vocabulary where its last layer gives `top`."""
+    def logits(self, top: Float[Tensor, "*n D"], rows: Float[Tensor, "N D"]) -> Float[Tensor, "*n N"]:
+        """What the base says of the tokens with these rows of its head where its last layer gives `top`."""
         backbone = self._backbone
-        rows: Tensor = backbone.head.weight[:num_tokens]  # type: ignore[index]
         said = F.linear(backbone.final_norm(top), rows)
         cap: float | None = getattr(backbone.config, "final_logit_softcapping", None)
         return said if cap is None else cap * torch.tanh(said / cap)
@@ -97,7 +96,7 @@ class KeptOutputs:
     def _compare(self, top: Tensor, logits: Tensor) -> None:
         """Once, that `logits` are the base's: a model may do more behind its head than is known here."""
         if self._says_as_the_base is None:
-            made = self.logits(top, logits.shape[-1])
+            made = self.logits(top, self._backbone.head.weight)  # type: ignore[arg-type]
             self._says_as_the_base = torch.allclose(made, logits, rtol=_TOLERANCE, atol=_TOLERANCE)
         if not self._says_as_the_base:
             raise CannotTrain(

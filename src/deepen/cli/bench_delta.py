@@ -118,7 +118,8 @@ def _equality_on(base: str, dtype: str, count: int) -> dict[str, Any]:
     from deepen.backbones import resolve
     from deepen.backbones.hf import Backbone
     from deepen.core.registry import get
-    from deepen.evaluate.delta_equality import PARTLY_RIGHT, draw_cases, fill_with_noise, tally_cases
+    from deepen.evaluate.delta_equality import PARTLY_RIGHT, draw_cases, tally_cases
+    from deepen.evaluate.noise import fill_with_noise
 
     backbone = Backbone.attach(resolve.load(base, dtype=dtype, device="cpu").model)
     backbone.pack()

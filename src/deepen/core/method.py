@@ -117,6 +117,17 @@ class Adapting(Protocol):
         """In the block, the base is as it is in the model's own passes."""
 
 
+@runtime_checkable
+class Fitting(Protocol):
+    """A model that chooses something by the data that it will be trained on; what it chose is in `saved_state`."""
+
+    def fit(self, counts: Tensor) -> None:
+        """`counts` `[V]` says how often each id is learned in an epoch; told once, before a new run's first step.
+
+        A model that was fitted before stays as it is.
+        """
+
+
 def adapted(model: object) -> AbstractContextManager[None]:
     """In the block, the base of `model` is as the model's own passes find it: itself, unless `model` is `Adapting`."""
     return model.adapted() if isinstance(model, Adapting) else nullcontext()

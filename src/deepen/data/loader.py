@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepen.core.errors import CheckpointError, ConfigError
 from deepen.core.seeds import seed_at
@@ -33,6 +34,10 @@ class Loader:
     def mean_tokens(self) -> float:
         """Of a step, over an epoch."""
         return self._rows_per_step * self._rows.corpus.num_tokens / len(self._rows)
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """`[V]`: how often each id is learned in an epoch."""
+        return self._rows.corpus.counts(vocab_size)
 
     def step(self, index: int) -> Batch:
         """All rows of the step `index`, counted from 0."""

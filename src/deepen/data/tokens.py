@@ -70,6 +70,11 @@ class TokenCorpus:
             found.update(b"|")
         return found.hexdigest()
 
+    def counts(self, vocab_size: int) -> Tensor:
+        """`[V]`: how often each id is learned."""
+        ids = self.ids if self.learned is None else self.ids[self.learned]
+        return torch.from_numpy(np.bincount(ids, minlength=vocab_size))
+
     def tokens(self, start: int, end: int) -> Tensor:
         """The ids from `start` to before `end`."""
         return torch.from_numpy(self.ids[start:end].astype(np.int64))

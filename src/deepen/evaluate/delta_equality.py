@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
-
 from deepen.backbones.hf import Backbone
-from deepen.core.method import Decoder, RecursiveModel, Sampler
+from deepen.core.method import Decoder, Sampler
 from deepen.core.types import Advance, Prompt
 from deepen.evaluate.agreement import NEAR_TIE_MARGIN_RECURRENT, Agreement, compare
 from deepen.generate.drafts import Draft
@@ -25,7 +23,6 @@ from deepen.generate.sampling import SamplingConfig
 from deepen.generate.stop import StopConfig
 from deepen.generate.verify import Decoding, open_decoding, verify
 
-NOISE_STD = 5.0
 PARTLY_RIGHT = "partly right"
 """The decoder whose drafts are right as far as chance will have it; there is no need to bring it."""
 
@@ -112,16 +109,6 @@ def _sampling(source: random.Random) -> SamplingConfig:
         repetition_penalty=source.choice([1.0, 1.2]),
         seed=source.randrange(2**32),
     )
-
-
-@torch.no_grad()
-def fill_with_noise(model: RecursiveModel, *, seed: int = 0) -> None:
-    """Noise in every tensor that a checkpoint of `model` would hold: the output must not depend on what was learnt."""
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in model.saved_state().values():
-        if tensor.is_floating_point():
-            # Drawn on the CPU: the same on every device.
-            tensor.copy_(torch.empty_like(tensor, device="cpu").normal_(std=NOISE_STD, generator=generator))
 
 
 def tally_cases(

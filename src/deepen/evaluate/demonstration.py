@@ -16,6 +16,7 @@ from deepen.data.batches import batch_of, token_ids
 from deepen.data.split import documents
 from deepen.evaluate.agreement import Agreement, compare, widest_difference
 from deepen.evaluate.environment import environment
+from deepen.evaluate.noise import fill_with_noise
 from deepen.evaluate.prompts import PROMPTS, DomainPrompt
 from deepen.evaluate.scoring import FIRST_SCORED, measure
 from deepen.generate.events import Committed, RowResult
@@ -25,7 +26,6 @@ from deepen.generate.scoring import score_at_once
 from deepen.generate.stop import StopConfig
 
 _SHOWN = ("moon", "account", "letter")
-_NOISE_STD = 5.0
 _NOISE_TOKENS = 48
 _MAX_DOCUMENT_TOKENS = 512
 # Text arrives as it is committed: the text itself, and how many tokens one pass gave.
@@ -155,10 +155,7 @@ class Demonstration:
         name = next(iter(self.prompts))
         ids = self.prompts[name].encode(self.tokenizer)
         noisy = self._build(replace(self.config, draft="mask"))
-        generator = torch.Generator().manual_seed(0)
-        noisy.load_saved_state(
-            {key: torch.randn(t.shape, generator=generator) * _NOISE_STD for key, t in noisy.saved_state().items()}
-        )
+        fill_with_noise(noisy)
         stop = replace(self._stop, max_new_tokens=_NOISE_TOKENS)
         result, seconds = _timed(lambda: complete(noisy, [ids], stop=stop)[0])
         plain, plain_seconds = _timed(lambda: complete(PlainDecoder(self.backbone), [ids], stop=stop)[0])

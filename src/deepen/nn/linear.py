@@ -53,7 +53,7 @@ class PackedProduct:
         """Pack anew if a weight has moved or changed since (a device, an optimizer step); false if none can pack it."""
         # Each product of each layer asks before each pass, so nothing is built to find that nothing has changed.
         for owner, name, parameter, pointer, version in self._watched:
-            if owner.get(name) is not parameter or parameter.data_ptr() != pointer or _version(parameter) != version:
+            if owner.get(name) is not parameter or parameter.data_ptr() != pointer or version_of(parameter) != version:
                 break
         else:
             if self._watched:
@@ -157,10 +157,10 @@ def _given_parameters(linear: nn.Linear) -> list[str]:
 def _watch(linear: nn.Linear, name: str) -> _Watched:
     parameter = linear._parameters[name]
     assert parameter is not None
-    return linear._parameters, name, parameter, parameter.data_ptr(), _version(parameter)
+    return linear._parameters, name, parameter, parameter.data_ptr(), version_of(parameter)
 
 
-def _version(parameter: Tensor) -> int:
+def version_of(parameter: Tensor) -> int:
     # Tensors born in inference mode keep no version counter, and nothing can write to them afterwards.
     return 0 if parameter.is_inference() else parameter._version
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from deepen.checkpoint import own_tensors, write_adapter, write_whole_model
 from deepen.core.errors import CheckpointError, ConfigError, DeepenError
 from deepen.core.files import write_json
+from deepen.core.method import Fitting
 from deepen.core.types import Progress, Work
 from deepen.data.formats import document_of
 from deepen.data.loader import Loader
@@ -127,6 +128,8 @@ class _Run:
         if first == self.num_steps:
             self.show(f"the run is finished: {self._step_folder(first)}")
             return self._step_folder(first)
+        if first == 0 and isinstance(self.trainee.model, Fitting):
+            self.trainee.model.fit(self.loader.counts(self.trainee.backbone.vocab_size))
         self.show(self.module.what_trains())
         self.pace = Pace()  # what came before was no step's time
         try:

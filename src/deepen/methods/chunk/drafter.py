@@ -5,18 +5,21 @@ a few `read_layers` start the drafter's state; each token from the committed one
 
     s_0   = rms_norm(h_top) + fuse([rms_norm(h_l) for read layers l])
     s_j   = s_{j-1} + out(silu(inp([rms_norm(s_{j-1}), e(x_j)])))
-    p_j+1 = softmax(rows of the base's head . (scale * rms_norm(s_j)))
+    p_j+1 = softmax(N rows of the base's head . (scale * rms_norm(s_j)))
 
 x_1 is the base's own next token, x_2 the first drafted one; e is the base's embedding. `fuse` and `out` start at zero
 and `scale` at the base's last norm, so a new drafter says what the base said of the token before. No pass of the base
 is spent on drafting: a step costs its two products and the head's rows. After Zhang et al. 2024 (arXiv 2403.09919), who
 draft by a recurrent net from the last layer, and Li et al. 2025 (arXiv 2503.01840), who read several.
 
-Letters: B rows, D hidden size, H width inside, L layers that are read, N tokens that can be drafted.
+A text needs few of a vocabulary's tokens often, so only N can be drafted, the most frequent of what it learns from.
+
+Letters: B rows, D hidden size, H width inside, L layers that are read, N tokens that can be drafted, V all tokens.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +28,19 @@ from torch import Tensor, nn
 
 from deepen.backbones.hf import Backbone
 from deepen.backbones.kept_outputs import KeptOutputs
+from deepen.core.errors import CheckpointError
 from deepen.methods.chunk.modules import NORM_EPS
+from deepen.nn.linear import version_of
 
 
 class ShallowDrafter(nn.Module):
     """The net; the base's embedding and head are its, too, and stay as they are."""
 
+    tokens: Tensor | None
+    """`[N]`, the ids that can be drafted, ascending; None where all can."""
+
     def __init__(self, backbone: Backbone, *, hidden: int, read_layers: Sequence[int], num_tokens: int) -> None:
-        """`num_tokens` is N: the first so many of the vocabulary, which a byte-pair tokenizer has by frequency."""
+        """`num_tokens` is N: until `fit` has chosen, the first so many of the vocabulary."""
         super().__init__()
         size = backbone.hidden_size
         self.read_layers, self.num_tokens = tuple(read_layers), num_tokens
@@ -41,6 +49,8 @@ class ShallowDrafter(nn.Module):
         self.inp = nn.Linear(2 * size, hidden, bias=False)
         self.out = nn.Linear(hidden, size, bias=False)
         self.scale = nn.Parameter(torch.ones(size))
+        self.register_buffer("tokens", torch.arange(num_tokens) if num_tokens < backbone.vocab_size else None)
+        self._rows_of: tuple[Any, Tensor] | None = None
         nn.init.zeros_(self.fuse.weight)
         nn.init.zeros_(self.out.weight)
         norm = getattr(backbone.final_norm, "weight", None)
@@ -60,14 +70,51 @@ class ShallowDrafter(nn.Module):
         return state + _linear(self.out, inner)
 
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n N"]:
-        """Of the token behind what was read, over the first N tokens."""
-        rows: Tensor = self._backbone[0].head.weight[: self.num_tokens]  # type: ignore[index]
-        return F.linear(_normed(state) * self.scale.to(state.dtype), rows.to(state.dtype))
+        """Of the token behind what was read, over the N tokens."""
+        return F.linear(_normed(state) * self.scale.to(state.dtype), self.rows().to(state.dtype))
+
+    def rows(self) -> Float[Tensor, "N D"]:
+        """Of the base's head; gathered once, as a copy costs as much as a step."""
+        weight: Tensor = self._backbone[0].head.weight  # type: ignore[assignment]
+        if self.tokens is None:
+            return weight
+        state = [(tensor.data_ptr(), version_of(tensor), tensor.device) for tensor in (weight, self.tokens)]
+        if self._rows_of is None or self._rows_of[0] != state:
+            self._rows_of = state, weight[self.tokens].detach()
+        return self._rows_of[1]
+
+    def ids(self, chosen: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+        """The vocabulary's ids of these among the N."""
+        return chosen if self.tokens is None else self.tokens[chosen]
+
+    def among(self, logits: Float[Tensor, "*n V"]) -> Float[Tensor, "*n N"]:
+        """Those of the tokens that can be drafted."""
+        return logits if self.tokens is None else logits[..., self.tokens]
+
+    @torch.no_grad()
+    def fit(self, counts: Int[Tensor, "V"]) -> None:
+        """Draft the N tokens that are most frequent by these counts; of equally frequent ones, those that come first.
+
+        Nothing changes if that was done before.
+        """
+        if self.tokens is None or not torch.equal(self.tokens, torch.arange(len(self.tokens)).to(self.tokens)):
+            return
+        most = counts.argsort(descending=True, stable=True)[: len(self.tokens)]
+        self.tokens.copy_(most.sort().values)
 
     @cached_property
     def kept_outputs(self) -> KeptOutputs:
         """Of the layers that are read, and of the last one at the end."""
         return KeptOutputs(self._backbone[0], self.read_layers)
+
+    def require_tokens(self) -> None:
+        """Raises `CheckpointError` if a file had ids that the base's vocabulary lacks."""
+        size = self._backbone[0].vocab_size
+        if self.tokens is None or self.tokens.is_meta:
+            return
+        outside = self.tokens[(self.tokens < 0) | (self.tokens >= size)]
+        if len(outside):
+            raise CheckpointError(f"drafter.tokens holds id {int(outside[0])}, outside the base's vocabulary of {size}")
 
     @torch.no_grad()
     def draft(self, tops: Float[Tensor, "B L D"], ids: Int[Tensor, "B"], length: int) -> Int[Tensor, "B {length}"]:
@@ -75,7 +122,7 @@ class ShallowDrafter(nn.Module):
         state, drafted = self.start(tops), list[Tensor]()
         for _ in range(length):
             state = self.step(state, ids)
-            ids = self.logits(state).argmax(dim=-1)
+            ids = self.ids(self.logits(state).argmax(dim=-1))
             drafted.append(ids)
         return torch.stack(drafted, dim=1)
 

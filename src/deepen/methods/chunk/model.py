@@ -257,6 +257,11 @@ class ChunkRefineWrapper(nn.Module):
         """What the base's own `generate` takes as `custom_generate=` to decode in chunks; see `door.Door`."""
         return door.Door(self, self.base, streamer)
 
+    def fit(self, counts: Tensor) -> None:
+        """The drafter, if it is what trains, drafts the most frequent tokens from now on; see drafter.py."""
+        if self.drafter is not None and training.is_trained("drafter", self.config):
+            self.drafter.fit(counts)
+
     def begin(self, batch: Batch) -> None:
         """Nothing is carried from batch to batch; layers of delta attention compute with deepen's op from now on."""
         use_delta_attention(self.base)
@@ -321,6 +326,8 @@ class ChunkRefineWrapper(nn.Module):
             if not any(name.startswith(part) for name in state):
                 own = {name: tensor for name, tensor in own.items() if not name.startswith(part)}
         fill(own, state, what="the sidecar's tensors don't fit its configuration on this base")
+        if self.drafter is not None:
+            self.drafter.require_tokens()
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of a verify pass, which is the base's; other passes add `sidecar_flops` or `refined_flops`."""

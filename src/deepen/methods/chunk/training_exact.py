@@ -41,7 +41,8 @@ def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, ba
     rows, num_slots = _draft_rows(chunks)
     said = run_slots(backbone, sidecar, run, rows, num_slots)
     targets = chunks.targets[:, 1:].to(said.logits.device)
-    judged = _judged(said.logits[targets], walk.logits, walk.logits.argmax(dim=-1), targets)
+    ours = said.logits[targets]
+    judged = _judged(ours, walk.logits, ours.argmax(dim=-1) == walk.logits.argmax(dim=-1), targets)
     advice = _advice(backbone, sidecar, said.top[:, 1:][targets])
     accept = binary_cross_entropy(advice, judged.accepted[targets], torch.ones_like(advice, dtype=torch.bool))
     return StepOutput(
@@ -64,7 +65,8 @@ def shallow_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
     for place in range(chunks.width - 1):
         state = drafter.step(state, ids[:, place])
         states.append(state)
-    judged = _judged(drafter.logits(torch.stack(states, dim=1)[targets]), read.logits, read.said, targets)
+    ours = drafter.logits(torch.stack(states, dim=1)[targets])
+    judged = _judged(ours, read.logits, drafter.ids(ours.argmax(dim=-1)) == read.said, targets)
     return StepOutput(
         losses={"distill": LossTerm(judged.divergence(config.distill_gamma), UNITS["distill"], config.lambda_distill)},
         metrics=judged.metrics(config.chunk_width),
@@ -87,9 +89,7 @@ class _Read:
 
 def _read_anew(backbone: Backbone, drafter: ShallowDrafter, batch: ChunkBatch, chunks: Chunks) -> _Read:
     walk = _walk(backbone, batch, chunks, read_layers=drafter.read_layers)
-    return _Read(
-        walk.tops[chunks.texts, chunks.anchors], walk.logits[:, : drafter.num_tokens], walk.logits.argmax(dim=-1)
-    )
+    return _Read(walk.tops[chunks.texts, chunks.anchors], drafter.among(walk.logits), walk.logits.argmax(dim=-1))
 
 
 def _read_kept(drafter: ShallowDrafter, batch: ChunkBatch, chunks: Chunks) -> _Read:
@@ -102,7 +102,7 @@ def _read_kept(drafter: ShallowDrafter, batch: ChunkBatch, chunks: Chunks) -> _R
     asked = places_of_slots(chunks)
     places, of_slot = (starts[asked.texts] + asked.places).unique(return_inverse=True)
     with torch.no_grad():
-        logits = kept.logits(tops[places, -1], drafter.num_tokens)
+        logits = kept.logits(tops[places, -1], drafter.rows())
     at_anchors = tops[starts[chunks.texts.cpu()] + chunks.anchors.cpu()]
     read = [kept.layers.index(layer) for layer in drafter.read_layers]
     return _Read(at_anchors[:, read], logits[of_slot], said[places][of_slot])
@@ -137,9 +137,9 @@ class _Judged:
         return found
 
 
-def _judged(ours: Tensor, theirs: Tensor, said: Tensor, targets: Tensor) -> _Judged:
+def _judged(ours: Tensor, theirs: Tensor, is_same: Tensor, targets: Tensor) -> _Judged:
     agrees = torch.zeros_like(targets)
-    agrees[targets] = ours.argmax(dim=-1) == said
+    agrees[targets] = is_same
     return _Judged(ours, theirs, targets, agrees, agrees.long().cumprod(dim=1).bool())
 
 

@@ -38,7 +38,8 @@ def wrapper(base: str, options: dict[str, Any]) -> ChunkRefineWrapper:
         torch.manual_seed(7)
         model = ChunkRefineWrapper(BASES[base], recursive_enabled=True, **sizes, **options)
         for tensor in model.saved_state().values():
-            tensor.normal_(std=0.3)
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.3)
     return model
 
 

@@ -27,7 +27,8 @@ def save(folder: Path, config: RecursiveConfig) -> ChunkRefineWrapper:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in wrapper.saved_state().values():
-            tensor.normal_(generator=generator)
+            if tensor.is_floating_point():
+                tensor.normal_(generator=generator)
     save_adapter(folder, method=METHOD, model=wrapper, identity=loaded.identity)
     return wrapper
 

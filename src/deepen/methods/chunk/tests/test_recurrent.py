@@ -53,7 +53,8 @@ def wrapper(name: str, *, noise: float = 0.0, **fields: Any) -> ChunkRefineWrapp
         if noise:
             with torch.no_grad():
                 for tensor in model.saved_state().values():
-                    tensor.normal_(std=noise)
+                    if tensor.is_floating_point():
+                        tensor.normal_(std=noise)
     return model
 
 

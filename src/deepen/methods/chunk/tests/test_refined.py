@@ -54,7 +54,8 @@ def wrapper(name: str, *, noise: float = 0.0, dtype: torch.dtype = torch.float32
         if noise:
             with torch.no_grad():
                 for tensor in model.saved_state().values():
-                    tensor.normal_(std=noise)
+                    if tensor.is_floating_point():
+                        tensor.normal_(std=noise)
     return model
 
 

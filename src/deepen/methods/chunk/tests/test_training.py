@@ -9,7 +9,7 @@ from torch import Tensor
 from deepen.backbones import tiny
 from deepen.backbones.hf import LayerOutputs
 from deepen.check.counted import passes_of
-from deepen.core.errors import CannotTrain, DeepenError
+from deepen.core.errors import CannotTrain, CheckpointError, DeepenError
 from deepen.core.types import Batch, Progress, Prompt, StepOutput
 from deepen.data.batches import batch_of
 from deepen.generate.loop import complete
@@ -40,7 +40,7 @@ def wrapper(name: str = "llama", *, noise: float = 0.3, double: bool = False, **
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in model.saved_state().values():
-            if noise:
+            if noise and tensor.is_floating_point():
                 tensor.copy_(torch.randn(tensor.shape, generator=source) * noise)
     if model.optim_groups():
         freeze_base(model, base)
@@ -296,7 +296,7 @@ class TestShallowDrafter:
         (row,) = texts(15)
         model = wrapper("nanochat", **SHALLOW, keep_outputs=True)
         kept = model.drafter.kept_outputs
-        monkeypatch.setattr(kept, "logits", lambda top, num_tokens: 3 * torch.ones(len(top), num_tokens))
+        monkeypatch.setattr(kept, "logits", lambda top, rows: 3 * torch.ones(len(top), len(rows)))
         for _ in range(2):
             with pytest.raises(CannotTrain, match="can't make the logits of NanoChatForCausalLM"):
                 kept.of(row)
@@ -336,13 +336,58 @@ class TestShallowDrafter:
             expected = model.drafter.draft(tops.stacked()[:, -1], torch.tensor(text[-1:]), WIDTH - 1)
             assert decoding.pending[0].tokens == tuple(expected[0].tolist())
 
+    def test_it_drafts_the_most_frequent_tokens(self):
+        model = wrapper(**{**SHALLOW, "draft_vocab": 3})
+        assert model.drafter.tokens.tolist() == [0, 1, 2]
+        counts = torch.zeros(model.backbone.vocab_size, dtype=torch.long)
+        counts[[7, 50, 200]] = torch.tensor([3, 9, 3])
+        counts[100] = 4
+        model.fit(counts)
+        assert model.drafter.tokens.tolist() == [7, 50, 100]
+        state = torch.randn(2, model.backbone.hidden_size)
+        logits = model.drafter.logits(state)
+        rows = model.backbone.head.weight[[7, 50, 100]]
+        normed = state / (state.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(logits, (normed * model.drafter.scale) @ rows.T)
+        drafted = model.drafter.draft(torch.randn(2, 3, model.backbone.hidden_size), torch.tensor([5, 9]), 6)
+        assert set(drafted.flatten().tolist()) <= {7, 50, 100}
+        # What it learned belongs to these, so that going on with other data keeps them.
+        model.fit(counts.flip(0))
+        assert model.drafter.tokens.tolist() == [7, 50, 100]
+
+    def test_what_it_drafts_follows_its_base(self):
+        """The head's rows are gathered once, until the head or what can be drafted changes."""
+        model = wrapper(**SHALLOW)
+        drafter, state = model.drafter, torch.randn(1, model.backbone.hidden_size)
+        before = drafter.logits(state)
+        with torch.no_grad():
+            model.backbone.head.weight.mul_(2)
+        torch.testing.assert_close(drafter.logits(state), 2 * before)
+        with torch.no_grad():
+            drafter.tokens.add_(1)
+        torch.testing.assert_close(drafter.logits(state)[:, :-1], 2 * before[:, 1:])
+
+    def test_only_what_trains_is_fitted(self):
+        model = wrapper(**{**SHALLOW, "draft": "mask"})
+        model.fit(torch.arange(model.backbone.vocab_size))
+        assert model.drafter.tokens.tolist() == list(range(200))
+
+    def test_ids_outside_the_vocabulary_are_refused(self):
+        model = wrapper(**SHALLOW)
+        state = {name: tensor.clone() for name, tensor in model.saved_state().items()}
+        state["drafter.tokens"][3] = 4000
+        with pytest.raises(CheckpointError, match="drafter.tokens holds id 4000, outside the base's vocabulary"):
+            model.load_saved_state(state)
+
     def test_it_learns_a_text_that_the_base_knows_by_heart(self):
+        """Of which it can draft the tokens that occur, wherever they stand in the vocabulary."""
         (row,) = texts(44)
         base = knowing(row)
         settings = {"chunk_width": 12, "max_chunk_len": 12, "anchors_per_text": 44, "distill_gamma": 100.0}
-        shape = {"draft": "shallow", "drafter_hidden": 256, "phase": "a"}
+        shape = {"draft": "shallow", "drafter_hidden": 256, "draft_vocab": 44, "phase": "a"}
         model = ChunkRefineWrapper(base, RecursiveConfig(**{"recursive_enabled": True, **SIZES, **settings, **shape}))
         freeze_base(model, base)
+        model.fit(torch.bincount(torch.tensor(row), minlength=model.backbone.vocab_size))
         losses = train(model, batch_of([row]), num_steps=60, learning_rate=3e-3)
         assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.4
         (result,) = complete(model.eval(), [row[:4]], stop=StopConfig(max_new_tokens=40))
