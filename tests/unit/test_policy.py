@@ -360,6 +360,113 @@ class Rows:
         return rate
 
 
+class Read:
+    """A policy's passes over one row where a drafter drafts, each of whose tokens costs `token_price` passes.
+
+    It promises `promised` of every token, and with the chance `chance` keeps it, if those before were right.
+    """
+
+    def __init__(self, price: Price, *, promised: float, chance: Callable[[int], float], token_price: float) -> None:
+        self.policy, self.num_drafted, self.num_tokens = DraftPolicy(), 0, 0
+        self._price, self._promised, self._chance, self._token_price = price, promised, chance, token_price
+        self._source = Random(11)
+
+    def rate(self, num_tokens: int) -> float:
+        """Tokens for the price of a one-token pass, over so many more of them."""
+        paid, gained = 0.0, 0
+        while gained < num_tokens:
+            room = min(MOST, num_tokens - gained - 1)
+            drafted, num_drafted = self._draft(room)
+            paid += num_drafted * self._token_price
+            offer = Offer(drafted=drafted)
+            choice = self.policy.choose([offer])[0]
+            coming = self._coming(drafted, room)
+            accepted = agreement(choice.draft.tokens, coming)
+            price = self._price(choice.width)
+            row = RowAdvance(tuple(coming[: accepted + 1]), len(choice.draft.tokens), accepted, choice.draft.source)
+            self.policy.observe([offer], [choice], [row], 0.04 * price)
+            paid, gained = paid + price, gained + accepted + 1
+        self.num_tokens += gained
+        return gained / paid
+
+    def _draft(self, room: int) -> tuple[Draft, int]:
+        # Nothing was read before the first pass that it could start from.
+        (most,) = self.policy.ask([NO_DRAFT], [room]) if self.policy.price.timed else (0,)
+        confidence = [self._promised] if most else []
+        while confidence and len(confidence) < most and self.policy.goes_on([confidence]):
+            confidence.append(self._promised)
+        draft = Draft((0,) * len(confidence), "shallow", 0, tuple(confidence)) if confidence else NO_DRAFT
+        if confidence:
+            self.policy.drafted([draft], 0.04 * self._token_price * len(confidence))
+        self.num_drafted += len(confidence)
+        return draft, len(confidence)
+
+    def _coming(self, drafted: Draft, room: int) -> list[int]:
+        right = 0
+        while right < len(drafted.tokens) and self._source.random() < self._chance(self.num_tokens):
+            right += 1
+        return [0] * right + [1] * (room + 1 - right)
+
+
+def best_rate_of_drafter(chance: float, price: Price, token_price: float) -> float:
+    """By the best number of tokens."""
+    found = [
+        sum(chance**accepted for accepted in range(length + 1)) / (blocked(price, 1 + length) + length * token_price)
+        for length in range(MOST + 1)
+    ]
+    return max(found)
+
+
+class TestDrafter:
+    """Where a drafter is asked; counted cost, its steps included."""
+
+    @pytest.mark.parametrize("promised", [0.05, 0.5, 0.99])
+    @pytest.mark.parametrize("price", [line(0.02), line(0.3), packed], ids=["line", "steep", "packed"])
+    def test_one_that_is_always_wrong_costs_little_from_the_start(self, price: Price, promised: float) -> None:
+        read = Read(price, promised=promised, chance=lambda _: 0.0, token_price=0.03)
+        assert read.rate(64) >= 0.95
+        assert read.rate(512) >= 0.97
+
+    @pytest.mark.parametrize("chance", [0.1, 0.3, 0.5, 0.7, 0.9])
+    @pytest.mark.parametrize("price", [line(0.02), packed], ids=["line", "packed"])
+    def test_one_that_knows_itself_brings_most_of_what_it_can(self, price: Price, chance: float) -> None:
+        read = Read(price, promised=chance, chance=lambda _: chance, token_price=0.03)
+        best = best_rate_of_drafter(chance, price, 0.03)
+        assert read.rate(2000) >= 0.87 * best
+
+    @pytest.mark.parametrize("promised", [0.4, 0.9])
+    def test_one_that_promises_too_little_or_too_much_still_pays(self, promised: float) -> None:
+        read = Read(packed, promised=promised, chance=lambda _: 0.6, token_price=0.03)
+        assert read.rate(2000) >= 0.9 * best_rate_of_drafter(0.6, packed, 0.03)
+
+    def test_one_that_becomes_good_is_noticed_and_one_that_was_is_given_up(self) -> None:
+        read = Read(packed, promised=0.8, chance=lambda num: 0.8 * (400 <= num < 1200), token_price=0.03)
+        assert read.rate(400) >= 0.96
+        read.rate(200)
+        assert read.rate(600) >= 0.85 * best_rate_of_drafter(0.8, packed, 0.03)
+        read.rate(100)
+        assert read.rate(400) >= 0.96
+
+    def test_is_not_asked_where_drafting_costs_as_much_as_passes(self) -> None:
+        read = Read(packed, promised=0.6, chance=lambda _: 0.6, token_price=1.0)
+        read.rate(100)
+        before = read.num_drafted
+        read.rate(500)
+        assert read.num_drafted - before < 30
+
+    def test_is_not_asked_about_rows_with_a_sure_copy(self) -> None:
+        policy = trained(packed, {1: 0.1, 16: 0.99})
+        asked = [copied(16), copied(1), NO_DRAFT], [MOST, MOST, 0]
+        assert policy.ask(*asked) == [0, 3, 0]  # a first draft is short
+        policy.drafted([Draft((0,), "shallow", 0, (0.9,))], 0.001)
+        assert policy.ask(*asked) == [0, MOST, 0]
+
+    def test_a_draft_ends_where_nobody_would_reach(self) -> None:
+        policy = trained(packed, {})
+        assert policy.goes_on([[0.9, 0.9], [0.1, 0.1]])
+        assert not policy.goes_on([[0.2, 0.1], [0.1, 0.1]])
+
+
 def always_wrong(rows: Rows, evidence: Iterable[int]) -> None:
     for each in evidence:
         rows.advance(Draft((1,) * MOST, "lookup", each), (0,) * (MOST + 1))

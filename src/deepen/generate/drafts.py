@@ -11,16 +11,20 @@ _NUM_COMPARED = 64
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposal for the next tokens: where it comes from, and how strong the sign for it is (0: none)."""
+    """A proposal for the next tokens: where it comes from, and how strong the sign for it is (0: none).
+
+    `confidence` is how sure its source is of each token, in [0, 1], if it says so; `evidence` then means nothing.
+    """
 
     tokens: tuple[int, ...]
     source: str
     evidence: int
+    confidence: tuple[float, ...] = ()
 
     def shortened(self, length: int) -> "Draft":
         """Its first `length` tokens at most; `NO_DRAFT` where that is none."""
         tokens = self.tokens[:length]
-        return replace(self, tokens=tokens) if tokens else NO_DRAFT
+        return replace(self, tokens=tokens, confidence=self.confidence[:length]) if tokens else NO_DRAFT
 
     def behind(self, committed: Sequence[int]) -> "Draft":
         """What it still proposes once `committed` stands in its place: `NO_DRAFT` unless all of that agrees with it.
@@ -30,7 +34,12 @@ class Draft:
         length = len(committed)
         if len(self.tokens) <= length or self.tokens[:length] != tuple(committed):
             return NO_DRAFT
-        return replace(self, tokens=self.tokens[length:], evidence=self.evidence + length)
+        return replace(
+            self,
+            tokens=self.tokens[length:],
+            evidence=self.evidence + length,
+            confidence=self.confidence[length:],
+        )
 
 
 NO_DRAFT = Draft((), source="ar", evidence=0)

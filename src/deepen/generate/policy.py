@@ -12,8 +12,12 @@ Two sources are weighed against plain decoding, a pass of one position for one t
   been plain *probes*: it fills the rest of its block of positions with slots. No pass verifies them; the tokens that
   come anyway say whether they were right. Probes may cost `_PROBE_SHARE` of plain decoding.
 
-What a pass predicts behind a rejected token ("jacobi") is no third source: it was measured to commit 1.07 tokens a pass
-of 8 positions (benchmarks/results/stages/jacobi), which costs 1.12 times a pass of one (results/decoding.json).
+Where there is a drafter, which drafts without a pass of the base, it stands in the place of slots. It says how sure it
+is of each token, and is believed as far as it was right (confidence.py). It is asked where a draft is expected to bring
+more than it costs, and otherwise now and then, as slots are; a draft ends where its next token would not pay.
+
+What a pass predicts behind a rejected token ("jacobi") is no further source: it was measured to commit 1.07 tokens a
+pass of 8 positions (benchmarks/results/stages/jacobi), which costs 1.12 times a pass of one (results/decoding.json).
 
 Chances and prices are measured while decoding runs. None of this can change the output: a pass commits only what the
 base emits.
@@ -25,6 +29,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from deepen.core.types import RowAdvance
+from deepen.generate.confidence import Calibration, Outlook
 from deepen.generate.drafts import NO_DRAFT, Draft
 from deepen.generate.verify import agreement
 from deepen.nn.attention import QUERY_BLOCK, round_up
@@ -146,12 +151,19 @@ _UNTIMED_SLOTS = 1.25
 class Offer:
     """What a row could do in its next pass: verify `copied` or `pending`, tokens of earlier slots, or fill new slots.
 
-    No draft may be longer than the row has room for, nor slots more than `most_slots`.
+    No draft may be longer than the row has room for, nor slots more than `most_slots`. `drafted` is what a drafter
+    proposes, if it was asked.
     """
 
     copied: Draft = NO_DRAFT
     pending: Draft = NO_DRAFT
     most_slots: int = 0
+    drafted: Draft = NO_DRAFT
+
+    @property
+    def drafts(self) -> tuple[Draft, Draft, Draft]:
+        """What could be verified, or nothing."""
+        return self.copied, self.pending, self.drafted
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,8 @@ class DraftPolicy:
             # heavier prior one that happened to be right doesn't.
             "mask": Acceptance(_SLOT_PRIOR, prior_weight=2.0, fading=0.9),
         }
+        self.calibration = Calibration()
+        self._outlook = Outlook()
         self._slot_price = PassPrice()
         self._slots_are_warm = False
         self._allowance = 0.0
@@ -189,6 +203,42 @@ class DraftPolicy:
         choices = [self._best(offer) for offer in offers]
         probes = self._probes(offers, choices)
         return [probes.get(row, choice) for row, choice in enumerate(choices)]
+
+    def ask(self, copies: Sequence[Draft], most: Sequence[int]) -> list[int]:
+        """How many tokens a drafter should draft of each row, at most; `most` is what there is room for.
+
+        The rows have these copies as well. Where nobody should be asked, 0.
+        """
+        expected = self._rate_expected(max(most, default=0))
+        wanted = [room if expected > self._rate_of(copied) else 0 for copied, room in zip(copies, most, strict=True)]
+        if any(wanted):
+            # A first draft is short: neither its worth nor what width costs is known.
+            return wanted if self._outlook.is_known else [min(_PROBE_SLOTS, room) for room in wanted]
+        probes = [min(_PROBE_SLOTS, room) for room in most]
+        cost = max(probes, default=0) * self._price_of_token()
+        if not any(probes) or cost > self._allowance:
+            return [0] * len(most)
+        self._allowance -= cost
+        return probes
+
+    def goes_on(self, confidence: Sequence[Sequence[float]]) -> bool:
+        """Whether another token should be drafted behind those of these confidences, one or more in each row."""
+        rate = max(1.0, self._rate_expected(len(confidence[0]) + 1))
+        reach = max(self.calibration.reach(row)[-1] for row in confidence)
+        return reach > rate * (self._price_of_token() + _FURTHER_POSITION)
+
+    def drafted(self, drafts: Sequence[Draft], seconds: float) -> None:
+        """A drafter was asked of some rows, which took it so long."""
+        self._outlook.made([draft.confidence for draft in drafts if draft.tokens], seconds)
+
+    def _rate_expected(self, most: int) -> float:
+        """Of the next draft of so many tokens at most, before it is made."""
+        length = min(most, self._outlook.length)
+        price = self.price.relative(1 + length) + length * self._price_of_token()
+        return (1 + self._outlook.gain(self.calibration)) / price
+
+    def _price_of_token(self) -> float:
+        return self._outlook.price_of_token(self.price.seconds(1) if self.price.timed else None)
 
     def observe(
         self, offers: Sequence[Offer], choices: Sequence[Choice], gained: Sequence[RowAdvance], seconds: float
@@ -201,15 +251,20 @@ class DraftPolicy:
         if len(gained) != self._num_rows:
             # A pass over more or fewer rows has another price at each width.
             self.price, self._slot_price, self._num_rows = PassPrice(), PassPrice(), len(gained)
+            self._outlook.forget_prices()
         self._allowance += _PROBE_SHARE
         self._time(choices, seconds)
         for offer, row in zip(offers, gained, strict=True):
-            for draft in (offer.copied, offer.pending):
-                compared = draft.tokens[: len(row.tokens)]
-                if compared:
-                    self.acceptance[draft.source].observe(
-                        draft.evidence, len(compared), agreement(compared, row.tokens)
-                    )
+            for draft in offer.drafts:
+                compared = draft.shortened(len(row.tokens))
+                if compared.tokens:
+                    self._judge(compared, agreement(compared.tokens, row.tokens))
+
+    def _judge(self, compared: Draft, accepted: int) -> None:
+        if compared.confidence:
+            self.calibration.observe(compared.confidence, accepted)
+        else:
+            self.acceptance[compared.source].observe(compared.evidence, len(compared.tokens), accepted)
 
     def _time(self, choices: Sequence[Choice], seconds: float) -> None:
         width = max(choice.width for choice in choices)
@@ -224,25 +279,35 @@ class DraftPolicy:
 
     def _best(self, offer: Offer) -> Choice:
         best, best_rate = Choice(), 1.0
-        for draft in (offer.copied, offer.pending):
-            length, rate = self._best_length(draft.source, draft.evidence, len(draft.tokens), self.price.relative)
+        for draft in offer.drafts:
+            length, rate = self._best_length(self._chances(draft), self.price.relative)
             if rate > best_rate:
                 best, best_rate = Choice(draft.shortened(length)), rate
-        length, rate = self._best_length("mask", 0, offer.most_slots, self._price_of_both, sure=2)
+        slots = [self.acceptance["mask"].chance(number) for number in range(offer.most_slots)]
+        length, rate = self._best_length(slots, self._price_of_both, sure=2)
         return Choice(num_slots=length) if rate > best_rate else best
 
+    def _chances(self, draft: Draft) -> list[float]:
+        """Of each of its tokens, if those before it are accepted."""
+        if draft.confidence:
+            return self.calibration.chances(draft.confidence)
+        return [self.acceptance[draft.source].chance(draft.evidence + place) for place in range(len(draft.tokens))]
+
+    def _rate_of(self, draft: Draft) -> float:
+        return self._best_length(self._chances(draft), self.price.relative)[1]
+
     def _best_length(
-        self, source: str, evidence: int, most: int, price_of: Callable[[int], float], *, sure: int = 1
+        self, chances: Sequence[float], price_of: Callable[[int], float], *, sure: int = 1
     ) -> tuple[int, float]:
-        """The length, 0 .. `most`, of a draft that maximises expected tokens over price, and that maximum.
+        """How long a draft of tokens with these chances brings most expected tokens for its price, and how many.
 
         Without a draft that is 1, plain decoding. `sure` tokens come whatever is accepted; `price_of` is told the
         width, in plain passes.
         """
-        best, best_rate = 0, 1.0
+        best, best_rate, most = 0, 1.0, len(chances)
         reached, expected = 1.0, float(sure)
-        for length in range(1, most + 1):
-            reached *= self.acceptance[source].chance(evidence + length - 1)
+        for length, chance in enumerate(chances, start=1):
+            reached *= chance
             expected += reached
             price = price_of(length + 1)
             if expected > best_rate * price:

@@ -3,15 +3,17 @@
 Two kinds of pass alternate in each row. A draft pass (source "mask") reads the last committed token and empty slots
 behind it, with cells acting at the slots alone: the clean position commits the base's next token, the slots propose
 those after it. A verify pass reads that token and the proposals with the sidecar off. Copied drafts (source "lookup")
-and what a verify pass predicted behind a rejected token (source "jacobi") need no draft pass. Source "auto" chooses
-between plain decoding, copies and slots, row by row and pass by pass, by what each was measured to bring and to cost.
-Rows alternate on their own, so one pass may draft in one row and verify in another.
+and what a verify pass predicted behind a rejected token (source "jacobi") need no draft pass, nor do those of a drafter
+(source "shallow"), which reads what layers held at the last token that was read. Source "auto" chooses between plain
+decoding, copies, and what the sidecar proposes (its drafter, if that has learned anything, else slots), row by row and
+pass by pass, by what each was measured to bring and to cost. Rows alternate on their own, so one pass may draft in one
+row and verify in another.
 
 Slots don't ride on verify passes: behind a draft they are of use only where all of it is accepted, and they cost their
 width every time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -21,10 +23,11 @@ from torch import Tensor
 
 from deepen.backbones.hf import Backbone, LayerOutputs
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Prompt, Spent
+from deepen.core.types import Advance, Prompt, RowAdvance, Spent
 from deepen.generate.drafts import NO_DRAFT, Draft, JacobiDraft, LookupDraft
 from deepen.generate.policy import Choice, DraftPolicy, Offer
 from deepen.generate.verify import Decoding, judge, open_decoding, read, run_drafts, spent_on, verify
+from deepen.methods.chunk.drafter import ShallowDrafter
 from deepen.methods.chunk.passes import Sidecar, run_slots
 
 
@@ -35,13 +38,24 @@ class ChunkDecoding(Decoding):
     lookups  indices of the rows' texts, to copy from
     guesses  what the last pass predicted behind what it committed
     pending  what slots proposed, as far as nothing committed since differs from it; `NO_DRAFT` where there is nothing
+    outputs  `[B, W, L, D]`, what the layers that the drafter reads gave in the last pass, if there is one
+    tops     `[B, L, D]`, those at the last token read; None before the first pass
     policy   measurements
     """
 
     lookups: list[LookupDraft] = field(default_factory=list)
     guesses: list[JacobiDraft] = field(default_factory=list)
     pending: list[Draft] = field(default_factory=list)
+    outputs: Tensor | None = None
+    tops: Tensor | None = None
     policy: DraftPolicy = field(default_factory=DraftPolicy)
+
+    def note_tops(self, gained: Sequence[RowAdvance]) -> None:
+        """Where the last pass committed so much: the base's own token at the end was not read yet."""
+        if self.outputs is not None:
+            last = torch.tensor([len(row.tokens) - 1 for row in gained], device=self.outputs.device)
+            self.tops = self.outputs[torch.arange(len(gained), device=last.device), last]
+            self.outputs = None
 
     def drop(self, rows: Sequence[int]) -> None:
         """Forget these rows and their drafts."""
@@ -50,6 +64,7 @@ class ChunkDecoding(Decoding):
         self.lookups = [self.lookups[row] for row in kept]
         self.guesses = [self.guesses[row] for row in kept]
         self.pending = [self.pending[row] for row in kept]
+        self.tops = None if self.tops is None else self.tops[kept]
 
 
 class ExactDecoder:
@@ -78,6 +93,9 @@ class ExactDecoder:
         self._chunk_width = chunk_width
         self._sidecar = sidecar
         self._reset_all = reset_all
+        drafter = sidecar.drafter if sidecar is not None else None
+        # Where there is a choice, a new drafter isn't asked: it has learned nothing.
+        self._reads_ahead = drafter is not None and (draft == "shallow" or (draft == "auto" and drafter.is_trained))
 
     def open(self, prompt: Prompt) -> ChunkDecoding:
         """Read the prompt."""
@@ -133,26 +151,36 @@ class ExactDecoder:
         return Advance(gained, spent_on(self._backbone, drafts))
 
     def _read_ahead(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
-        """Verify what the drafter proposed behind the last pass, and let it propose behind this one."""
+        """Verify as much as the drafter can propose."""
+        most = [self._most(decoding, row) for row in range(len(decoding.rows))]
+        drafts, drafting = self._ask(decoding, most)
+        advance = self._do([Choice(draft) for draft in drafts], decoding, sampler)
+        return Advance(advance.rows, advance.spent + drafting)
+
+    def _ask(
+        self,
+        decoding: ChunkDecoding,
+        most: Sequence[int],
+        goes_on: Callable[[list[list[float]]], bool] = lambda _: True,
+    ) -> tuple[list[Draft], Spent]:
+        """What the drafter proposes for rows that want any, so many tokens at most; before the first pass nothing."""
+        drafts = [NO_DRAFT] * len(most)
+        rows = [row for row, wanted in enumerate(most) if wanted]
+        if decoding.tops is None or not rows:
+            return drafts, Spent()
+        drafter = self._drafter
+        ids = torch.tensor([decoding.rows[row][-1] for row in rows], device=decoding.tops.device)
+        found = drafter.draft(decoding.tops[rows], ids, max(most), goes_on=goes_on)
+        for row, draft in zip(rows, found, strict=True):
+            drafts[row] = draft.shortened(most[row])
+        num_drafted = len(found[0].tokens)
+        flops = len(rows) * (drafter.flops_per_start + num_drafted * drafter.flops_per_token)
+        return drafts, Spent(added_flops=flops)
+
+    @property
+    def _drafter(self) -> ShallowDrafter:
         assert self._sidecar is not None and self._sidecar.drafter is not None, "a checked configuration has a drafter"
-        drafter = self._sidecar.drafter
-        drafts = [pending.shortened(self._most(decoding, row)) for row, pending in enumerate(decoding.pending)]
-        tops = LayerOutputs(drafter.read_layers)
-        logits = run_drafts(self._backbone, decoding, drafts, edit=tops.read)
-        gained = judge(decoding, drafts, logits, sampler)
-        # The last position whose input is committed: the base's own token behind it was not read yet.
-        last = torch.tensor([len(each.tokens) - 1 for each in gained], device=logits.device)
-        at_last = tops.stacked()[torch.arange(len(gained), device=last.device), last]
-        ids = torch.tensor([row[-1] for row in decoding.rows], device=logits.device)
-        length = max(self._most(decoding, row) for row in range(len(gained)))
-        spent = spent_on(self._backbone, drafts)
-        decoding.pending = [NO_DRAFT] * len(gained)
-        if length:
-            drafted = drafter.draft(at_last, ids, length).tolist()
-            decoding.pending = [Draft(tuple(tokens), source="shallow", evidence=0) for tokens in drafted]
-            flops = len(gained) * (drafter.flops_per_start + length * drafter.flops_per_token)
-            spent += Spent(added_flops=flops)
-        return Advance(gained, spent)
+        return self._sidecar.drafter
 
     def _alternate(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
         choices = [
@@ -162,16 +190,34 @@ class ExactDecoder:
         return self._do(choices, decoding, sampler)
 
     def _do_what_pays(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
-        policy = decoding.policy
+        policy, copies = decoding.policy, self._copies(decoding)
+        drafted, drafting = self._drafted_if_it_pays(decoding, copies)
         offers = [
-            Offer(copied, pending.shortened(self._most(decoding, row)), self._most_slots(decoding, row))
-            for row, (copied, pending) in enumerate(zip(self._copies(decoding), decoding.pending, strict=True))
+            Offer(
+                copies[row],
+                pending.shortened(self._most(decoding, row)),
+                0 if self._reads_ahead else self._most_slots(decoding, row),
+                drafted[row],
+            )
+            for row, pending in enumerate(decoding.pending)
         ]
         choices = policy.choose(offers)
         began = perf_counter()
         advance = self._do(choices, decoding, sampler)
         policy.observe(offers, choices, advance.rows, perf_counter() - began)
-        return advance
+        return Advance(advance.rows, advance.spent + drafting)
+
+    def _drafted_if_it_pays(self, decoding: ChunkDecoding, copies: Sequence[Draft]) -> tuple[list[Draft], Spent]:
+        policy, nothing = decoding.policy, [NO_DRAFT] * len(copies)
+        if not self._reads_ahead or decoding.tops is None:
+            return nothing, Spent()
+        most = policy.ask(copies, [self._most(decoding, row) for row in range(len(copies))])
+        if not any(most):
+            return nothing, Spent()
+        began = perf_counter()
+        drafts, spent = self._ask(decoding, most, policy.goes_on)
+        policy.drafted(drafts, perf_counter() - began)
+        return drafts, spent
 
     def _most_slots(self, decoding: ChunkDecoding, row: int) -> int:
         # A pass with slots commits one token, so the verify pass behind it has room for one fewer.
@@ -184,6 +230,7 @@ class ExactDecoder:
         read = [_empty(slots) if slots else draft for slots, draft in zip(num_slots, drafts, strict=True)]
         logits = self._run_with_slots(decoding, read, num_slots)
         gained = judge(decoding, drafts, logits, sampler)
+        decoding.note_tops(gained)
         decoding.pending = [
             _proposed(logits[row, 1 : 1 + slots]) if slots else pending.behind(gained[row].tokens)
             for row, (slots, pending) in enumerate(zip(num_slots, decoding.pending, strict=True))
@@ -199,6 +246,11 @@ class ExactDecoder:
         return Spent(added_flops=flops)
 
     def _run_with_slots(self, decoding: ChunkDecoding, read: Sequence[Draft], num_slots: Sequence[int]) -> Tensor:
+        if self._reads_ahead:
+            outputs = LayerOutputs(self._drafter.read_layers)
+            logits = run_drafts(self._backbone, decoding, read, edit=outputs.read)
+            decoding.outputs = outputs.stacked()
+            return logits
         if not any(num_slots):
             return run_drafts(self._backbone, decoding, read)
         assert self._sidecar is not None, "slots are drafted by an enabled sidecar only"

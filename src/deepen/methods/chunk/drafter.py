@@ -17,7 +17,7 @@ A text needs few of a vocabulary's tokens often, so only N can be drafted, the m
 Letters: B rows, D hidden size, H width inside, L layers that are read, N tokens that can be drafted, V all tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from deepen.backbones.hf import Backbone
 from deepen.backbones.kept_outputs import KeptOutputs
 from deepen.core.errors import CheckpointError
+from deepen.generate.drafts import Draft
 from deepen.methods.chunk.modules import NORM_EPS
 from deepen.nn.linear import version_of
 
@@ -117,14 +118,34 @@ class ShallowDrafter(nn.Module):
             raise CheckpointError(f"drafter.tokens holds id {int(outside[0])}, outside the base's vocabulary of {size}")
 
     @torch.no_grad()
-    def draft(self, tops: Float[Tensor, "B L D"], ids: Int[Tensor, "B"], length: int) -> Int[Tensor, "B {length}"]:
-        """What comes behind the tokens `ids`, each the one that its row's base has just decided."""
-        state, drafted = self.start(tops), list[Tensor]()
-        for _ in range(length):
+    def draft(
+        self,
+        tops: Float[Tensor, "B L D"],
+        ids: Int[Tensor, "B"],
+        length: int,
+        *,
+        goes_on: Callable[[list[list[float]]], bool] = lambda _: True,
+    ) -> list[Draft]:
+        """What comes behind the tokens `ids`, each the one that its row's base has just decided: one draft a row.
+
+        It has `length` tokens, or fewer: behind each `goes_on` says, told how sure of all its tokens each row is,
+        whether there should be another.
+        """
+        state, tokens, sure = self.start(tops), list[Tensor](), list[list[float]]()
+        while not tokens or (len(tokens) < length and goes_on([list(row) for row in zip(*sure, strict=True)])):
             state = self.step(state, ids)
-            ids = self.ids(self.logits(state).argmax(dim=-1))
-            drafted.append(ids)
-        return torch.stack(drafted, dim=1)
+            best = self.logits(state).softmax(dim=-1, dtype=torch.float32).max(dim=-1)
+            ids = self.ids(best.indices)
+            tokens.append(ids)
+            sure.append(best.values.nan_to_num(nan=0.0).tolist())
+        rows = zip(torch.stack(tokens, dim=1).tolist(), zip(*sure, strict=True), strict=True)
+        return [Draft(tuple(row), source="shallow", evidence=0, confidence=confidence) for row, confidence in rows]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it learned anything: a new one says again what the base has just said."""
+        # One row tells, and this is asked before every pass.
+        return bool(self.out.weight[0].any())
 
     @property
     def flops_per_start(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from deepen.methods.chunk.model import ChunkRefineWrapper
 from deepen.methods.chunk.modules import MaskToken
 
 BASES = ("llama", "qwen3", "nanochat")
-DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto", "shallow")
+DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto", "shallow", "auto with a drafter")
 DRAFTER = {"drafter_hidden": 24, "draft_vocab": 200}
 NOISE_STD = 5.0
 TOKENIZER = byte_tokenizer()
@@ -49,7 +50,7 @@ def wrapper(
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = ChunkRefineWrapper(
-            backbone(name).model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16,
+            backbone(name).model, recursive_enabled=True, chunk_width=chunk_width, d_state=16,
             gate_hidden=16, layers_to_refine=(1, 3), cache_reset_policy=policy, **of_draft(draft),
         )  # fmt: skip
         if noise:
@@ -59,9 +60,10 @@ def wrapper(
     return model
 
 
-def of_draft(draft: str) -> dict[str, int]:
-    """What a source needs beside its name."""
-    return DRAFTER if draft == "shallow" else {}
+def of_draft(draft: str) -> dict[str, Any]:
+    """The fields that say so."""
+    source = draft.removesuffix(" with a drafter")
+    return {"draft": source, **(DRAFTER if source == "shallow" or source != draft else {})}
 
 
 prompts = st.lists(st.integers(0, 255), min_size=1, max_size=40)
@@ -130,7 +132,7 @@ def test_any_sidecar_any_draft_gives_the_plain_output(
 def test_in_float64_too(name: str, draft: str, chunk_width: int, row: list[int]) -> None:
     base = Backbone.attach(_double(name))
     model = ChunkRefineWrapper(
-        base.model, recursive_enabled=True, draft=draft, chunk_width=chunk_width, d_state=16, **of_draft(draft)
+        base.model, recursive_enabled=True, chunk_width=chunk_width, d_state=16, **of_draft(draft)
     )
     stop = StopConfig(max_new_tokens=12)
     assert complete(model, [row], stop=stop)[0].tokens == complete(PlainDecoder(base), [row], stop=stop)[0].tokens
@@ -333,14 +335,14 @@ def test_one_infinite_slot_leaves_clean_logits_unchanged() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-@pytest.mark.parametrize("draft", ["mask", "auto", "shallow"])
+@pytest.mark.parametrize("draft", ["mask", "auto", "shallow", "auto with a drafter"])
 def test_no_value_in_a_sidecar_reaches_the_output(draft: str, value: float) -> None:
     rows, stop = [[1, 2, 3] * 4, [5]], StopConfig(max_new_tokens=60)
     plain = complete(PlainDecoder(backbone("llama")), rows, stop=stop)
     names = wrapper("llama", noise=False, draft=draft, chunk_width=8).saved_state()
     for name in names:
         model = ChunkRefineWrapper(
-            backbone("llama").model, recursive_enabled=True, draft=draft, chunk_width=8, d_state=16, gate_hidden=16,
+            backbone("llama").model, recursive_enabled=True, chunk_width=8, d_state=16, gate_hidden=16,
             layers_to_refine=(1, 3), **of_draft(draft),
         )  # fmt: skip
         tensor = model.saved_state()[name]

@@ -31,6 +31,8 @@ from deepen.methods.chunk.model import ChunkRefineWrapper
 
 BASES = ("kimi_linear", "qwen3_next")
 DRAFTS = ("ar", "lookup", "jacobi", "mask", "auto", "shallow")
+DRAFTER = {"drafter_hidden": 24, "draft_vocab": 200}
+SOURCES: list[dict[str, Any]] = [*({"draft": draft} for draft in DRAFTS), {"draft": "auto", **DRAFTER}]
 POLICIES = ("keep_kda_recurrent_reset_mla", "reset_all")
 TOLERANCE = 1e-4
 
@@ -46,7 +48,7 @@ def backbone(name: str) -> Backbone:
 def wrapper(name: str, *, noise: float = 0.0, **fields: Any) -> ChunkRefineWrapper:
     settings = {"recursive_enabled": True, "chunk_width": 8, "d_state": 16, "gate_hidden": 16, "max_chunk_len": 128}
     if fields.get("draft") == "shallow":
-        settings |= {"drafter_hidden": 24, "draft_vocab": 200}
+        settings |= DRAFTER
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = ChunkRefineWrapper(backbone(name).model, **(settings | fields))
@@ -92,7 +94,7 @@ def assert_same(
 @given(
     name=st.sampled_from(BASES),
     noise=st.sampled_from([0.0, 5.0]),
-    draft=st.sampled_from(DRAFTS),
+    source=st.sampled_from(SOURCES),
     chunk_width=st.sampled_from([1, 2, 5, 8, 70]),
     policy=st.sampled_from(POLICIES),
     rows=st.lists(st.one_of(prompts, loops), min_size=1, max_size=4),
@@ -102,14 +104,14 @@ def assert_same(
 def test_exact_mode_gives_the_plain_output(
     name: str,
     noise: float,
-    draft: str,
+    source: dict[str, Any],
     chunk_width: int,
     policy: str,
     rows: list[list[int]],
     sampling: SamplingConfig,
     max_new_tokens: int,
 ) -> None:
-    model = wrapper(name, noise=noise, draft=draft, chunk_width=chunk_width, cache_reset_policy=policy)
+    model = wrapper(name, noise=noise, chunk_width=chunk_width, cache_reset_policy=policy, **source)
     samplings, stop = [sampling] * len(rows), StopConfig(max_new_tokens=max_new_tokens)
     plain = complete(PlainDecoder(backbone(name)), rows, sampling=samplings, stop=stop)
     exact = complete(model, rows, sampling=samplings, stop=stop)
@@ -184,7 +186,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"draft": draft} for draft in DRAFTS),
+        *SOURCES,
         *({"commit_mode": "refined", "draft": draft, "use_latent_token": True} for draft in ("ar", "mask")),
         {"commit_mode": "refined", "cache_reset_policy": "reset_all"},
         {"commit_mode": "refined", "cache_reset_policy": "keep_all"},

@@ -12,10 +12,12 @@ from deepen.check.counted import passes_of
 from deepen.core.errors import CannotTrain, CheckpointError, DeepenError
 from deepen.core.types import Batch, Progress, Prompt, StepOutput
 from deepen.data.batches import batch_of
+from deepen.generate.drafts import NO_DRAFT, Draft
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.sampling import BatchSampler, SamplingConfig
 from deepen.generate.stop import StopConfig
+from deepen.methods.chunk import decoding as chunk_decoding
 from deepen.methods.chunk import training_exact, training_refined
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper
@@ -223,6 +225,7 @@ class TestWhatTheBoundaryHeadLearns:
         return edited, labels
 
 
+JUDGE = chunk_decoding.judge
 TAKE, LENGTH_LOSS = RefinedDecoder.take, training_refined.losses.length_loss
 SHALLOW: dict[str, Any] = {"draft": "shallow", "drafter_hidden": 24, "draft_vocab": 200, "chunk_width": WIDTH}
 
@@ -321,20 +324,29 @@ class TestShallowDrafter:
             has_gradient = parameter.grad is not None and bool(parameter.grad.any())
             assert has_gradient == path.startswith("drafter.") == parameter.requires_grad, path
 
-    def test_it_drafts_from_the_last_token_that_was_read(self):
+    def test_it_drafts_from_the_last_token_that_was_read(self, monkeypatch):
         """What it proposes behind a pass is what it proposes behind the whole text, read anew."""
         model = wrapper(noise=0.5, **SHALLOW)
         (row,) = texts(9)
-        decoding, sampler = model.open(Prompt((tuple(row),), 30)), BatchSampler([SamplingConfig()])
+        decoding, sampler = model.open(Prompt((tuple(row),), 40)), BatchSampler([SamplingConfig()])
+        drafts = list[Draft]()
+
+        def judge(decoding, given, *others):
+            drafts.extend(given)
+            return JUDGE(decoding, given, *others)
+
+        monkeypatch.setattr(chunk_decoding, "judge", judge)
+        model.advance(decoding, sampler)
+        assert drafts.pop() == NO_DRAFT  # nothing was read yet that it could start from
         for _ in range(6):
-            model.advance(decoding, sampler)
             text = decoding.rows[0]
             cache = model.backbone.new_cache(batch_size=1, capacity=len(text))
             tops = LayerOutputs(model.drafter.read_layers)
             with torch.no_grad():
                 model.backbone.run(torch.tensor([text[:-1]]), cache, edit=tops.read)
-            expected = model.drafter.draft(tops.stacked()[:, -1], torch.tensor(text[-1:]), WIDTH - 1)
-            assert decoding.pending[0].tokens == tuple(expected[0].tolist())
+            expected = model.drafter.draft(tops.stacked()[:, -1], torch.tensor(text[-1:]), WIDTH - 1)[0]
+            model.advance(decoding, sampler)
+            assert drafts.pop().tokens == expected.tokens
 
     def test_it_drafts_the_most_frequent_tokens(self):
         model = wrapper(**{**SHALLOW, "draft_vocab": 3})
@@ -350,7 +362,7 @@ class TestShallowDrafter:
         normed = state / (state.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         torch.testing.assert_close(logits, (normed * model.drafter.scale) @ rows.T)
         drafted = model.drafter.draft(torch.randn(2, 3, model.backbone.hidden_size), torch.tensor([5, 9]), 6)
-        assert set(drafted.flatten().tolist()) <= {7, 50, 100}
+        assert {token for draft in drafted for token in draft.tokens} <= {7, 50, 100}
         # What it learned belongs to these, so that going on with other data keeps them.
         model.fit(counts.flip(0))
         assert model.drafter.tokens.tolist() == [7, 50, 100]
@@ -376,7 +388,7 @@ class TestShallowDrafter:
         model = wrapper(**SHALLOW)
         state = {name: tensor.clone() for name, tensor in model.saved_state().items()}
         state["drafter.tokens"][3] = 4000
-        with pytest.raises(CheckpointError, match="drafter.tokens holds id 4000, outside the base's vocabulary"):
+        with pytest.raises(CheckpointError, match=r"drafter\.tokens holds id 4000, outside the base's vocabulary"):
             model.load_saved_state(state)
 
     def test_it_learns_a_text_that_the_base_knows_by_heart(self):
