@@ -117,6 +117,18 @@ def first_tokens(batch: Batch) -> list[int]:
     return [row[0] for row in real_rows(batch)]
 
 
+class TestCounts:
+    def test_are_those_of_every_id(self):
+        rows = cut_rows(TokenCorpus.of([Text("abba"), Text("b")], TOKENIZER), max_length=3, cut="packed")
+        counts = Loader(rows, rows_per_step=1, seed=0).counts(300)
+        ids = rows.corpus.ids.tolist()
+        assert counts.tolist() == [ids.count(each) for each in range(300)]
+
+    def test_are_those_of_what_is_learned(self):
+        corpus = TokenCorpus(np.array([5, 6, 5, 7], np.int32), np.array([4]), np.array([False, True, True, False]))
+        assert corpus.counts(9).tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 0]
+
+
 class TestLoader:
     @given(st.integers(1, 30), st.integers(1, 3), st.integers(1, 3), st.data())
     def test_every_row_is_seen_once_an_epoch_over_any_number_of_ranks_and_parts(

@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "cut": get_args(Cut),
     "optimizer": get_args(OptimizerName),
     "precision": ("float32", "bfloat16"),
+    "adapter_dtype": ("float32", "bfloat16"),
     "parallel": ("replicate", "shard"),
 }
 _LEAST = {
@@ -99,6 +100,8 @@ class RunConfig(Config):
     save_interval: int | None = None
     # Newest checkpoints to keep; null keeps all.
     keep_checkpoints: int | None = 2
+    # Of an adapter's tensors as they are saved: "bfloat16" takes half the space. What a run goes on from keeps float32.
+    adapter_dtype: str = "float32"
     # Steps from one look at validation documents to the next, `eval_tokens` of them at most; null looks never.
     eval_interval: int | None = None
     eval_tokens: int = 20_000

@@ -47,7 +47,7 @@ _NUM_STEPS_SURVEYED = 16
 _FREE = {
     "output_dir", "log_interval", "save_interval", "eval_interval", "keep_checkpoints", "branch_from", "parallel",
     "num_micro_batches", "tensorboard", "eval_tokens", "sample_prompts", "num_samples", "sample_tokens",
-    "push_to_hub",
+    "push_to_hub", "adapter_dtype",
 }  # fmt: skip
 # What a branch may do differently from the run it leaves.
 _FREE_TO_BRANCH = _FREE | {
@@ -208,6 +208,11 @@ class _Run:
     # Before the first step
 
     def _wrap(self) -> None:
+        if self.config.adapter_dtype != "float32" and not self.trainee.model.saved_state():
+            raise ConfigError(
+                f"adapter_dtype is {self.config.adapter_dtype}, but what trains here is the whole model, no adapter; "
+                "leave it out"
+            )
         if self.config.recompute:
             self.module.checkpoint_activations()
         if self.config.compile:
@@ -287,7 +292,11 @@ class _Run:
         average = self.state.average
         with average.in_place() if average is not None else nullcontext():
             tensors = dict(self.trainee.model.saved_state()) or own_tensors(self.trainee.backbone.model)
-            return {name: whole(tensor).detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            return {name: self._as_saved(whole(tensor)) for name, tensor in tensors.items()}
+
+    def _as_saved(self, tensor: Tensor) -> Tensor:
+        is_rounded = self.config.adapter_dtype == "bfloat16" and tensor.is_floating_point()
+        return tensor.detach().to("cpu", torch.bfloat16 if is_rounded else tensor.dtype, copy=True)
 
     def _restore(self) -> int:
         """Take back the newest checkpoint that is whole and of this run; gives the number of steps made."""

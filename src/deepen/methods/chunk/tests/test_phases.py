@@ -1,6 +1,8 @@
 """Runs of the phases, as `deepen train` makes them: what each trains, and how one goes on from the one before."""
 
 import json
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from deepen.core.errors import CannotTrain, ConfigError
 from deepen.core.method import adapted
 from deepen.core.registry import get
 from deepen.train.config import RunConfig
-from deepen.train.run import train
+from deepen.train.run import rows_of_run, train
+from deepen.train.trainee import open_trainee
 
 SIZES = {"d_state": 8, "gate_hidden": 16, "max_inner_steps": 2}
 
@@ -121,3 +124,66 @@ def test_a_wrong_override_is_named(run_config, overrides, said):
 def test_nothing_to_train_is_refused(run_config):
     with pytest.raises(CannotTrain, match="nothing to train"):
         trained(replace(run_config, config="after_surgery"))
+
+
+class TestDrafter:
+    """What draft "shallow" chooses by its data, and keeps."""
+
+    @pytest.fixture
+    def of_drafter(self, run_config: RunConfig) -> RunConfig:
+        shape = {"draft": "shallow", "drafter_hidden": 8, "draft_vocab": 12, "chunk_width": 4}
+        return replace(run_config, overrides={**SIZES, **shape})
+
+    @staticmethod
+    def tokens(folder: Path) -> list[int]:
+        return load_file(folder / "sidecar.safetensors")["drafter.tokens"].tolist()
+
+    def test_a_new_run_drafts_what_is_frequent_in_its_data(self, of_drafter):
+        folder, _ = trained(of_drafter)
+        trainee = open_trainee(of_drafter)
+        ids = Counter(rows_of_run(of_drafter, trainee).corpus.ids.tolist())
+        least = min(ids[token] for token in self.tokens(folder))
+        assert len(set(self.tokens(folder))) == 12
+        assert sorted(ids.values())[-12] == least > 5
+
+    def test_a_run_that_was_cut_off_keeps_it(self, of_drafter, tmp_path):
+        whole, _ = trained(replace(of_drafter, num_steps=4, save_interval=2))
+        again = tmp_path / "again"
+        trained(replace(of_drafter, num_steps=4, save_interval=2, output_dir=str(again)))
+        shutil.rmtree(again / "step_4")
+        resumed, _ = trained(replace(of_drafter, num_steps=4, save_interval=2, output_dir=str(again)))
+        assert (whole / "sidecar.safetensors").read_bytes() == (resumed / "sidecar.safetensors").read_bytes()
+
+    def test_going_on_with_other_data_keeps_it(self, of_drafter, tmp_path):
+        first, _ = trained(of_drafter)
+        other = tmp_path / "other.jsonl"
+        other.write_text("".join(json.dumps({"text": f"XYZ {n} QQQQ WWWW"}) + "\n" for n in range(100)))
+        second, _ = trained(
+            replace(of_drafter, model=str(first), method=None, config=None, overrides={}, data=str(other),
+                    output_dir=str(tmp_path / "second"))
+        )  # fmt: skip
+        assert self.tokens(second) == self.tokens(first)
+
+
+class TestAdapterDtype:
+    def test_a_rounded_adapter_is_what_it_was_but_for_rounding(self, run_config, tmp_path):
+        whole, _ = trained(run_config)
+        rounded, _ = trained(replace(run_config, adapter_dtype="bfloat16", output_dir=str(tmp_path / "rounded")))
+        before, after = (load_file(each / "sidecar.safetensors") for each in (whole, rounded))
+        assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+        assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
+        model = open_model(str(rounded)).model
+        assert all(torch.equal(tensor, after[name].float()) for name, tensor in model.saved_state().items())
+
+    def test_a_run_goes_on_from_what_was_not_rounded(self, run_config, tmp_path):
+        settings = {"num_steps": 4, "save_interval": 2}
+        whole, _ = trained(replace(run_config, **settings))
+        again = replace(run_config, **settings, adapter_dtype="bfloat16", output_dir=str(tmp_path / "again"))
+        trained(again)
+        shutil.rmtree(tmp_path / "again" / "step_4")
+        resumed, _ = trained(replace(again, adapter_dtype="float32"))
+        assert (whole / "sidecar.safetensors").read_bytes() == (resumed / "sidecar.safetensors").read_bytes()
+
+    def test_is_refused_where_there_is_no_adapter(self, run_config):
+        with pytest.raises(ConfigError, match="what trains here is the whole model, no adapter"):
+            train(replace(run_config, method="dense", config="full", overrides=None, adapter_dtype="bfloat16"))

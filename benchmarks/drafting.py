@@ -1,0 +1,201 @@
+"""What a trained drafter is worth on prompts that no training read: passes, tokens, seconds, against plain decoding.
+
+    PYTHONPATH=src python benchmarks/drafting.py runs/drafter/step_N --chat 100 --code 50 --rewriting 50
+
+answers held-out prompts along four paths, one prompt after the other: plain decoding, prompt lookup, the drafter alone
+and `auto`, which chooses among all of them. Which path begins changes from prompt to prompt. Every answer is a line of
+OUT/answers.jsonl as soon as it is there, and the same command goes on where it was cut off; OUT/summary.json has the
+figures by domain. A path whose tokens aren't plain decoding's, other than by a near-tie, is exit status 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from deepen.backbones.hf import Backbone
+from deepen.checkpoint import Opened, open_model
+from deepen.core.files import write_json
+from deepen.core.method import Decoder
+from deepen.evaluate.agreement import compare
+from deepen.evaluate.answers import answer
+from deepen.evaluate.environment import environment
+from deepen.evaluate.metrics import generation_figures
+from deepen.evaluate.prompts import DomainPrompt, held_out_prompts
+from deepen.evaluate.results import Answer
+from deepen.generate.plain import PlainDecoder
+from deepen.generate.stop import StopConfig
+
+HERE = Path(__file__).parent
+DOMAINS = ("chat", "code", "rewriting")
+PLAIN = "plain"
+PATHS: Mapping[str, Mapping[str, Any]] = {
+    "lookup": {"draft": "lookup", "chunk_width": 8},
+    "drafter": {"draft": "shallow"},
+    "auto": {"draft": "auto", "chunk_width": 16, "max_chunk_len": 16},
+    "auto, no drafter": {"draft": "auto", "chunk_width": 16, "max_chunk_len": 16, "drafter_hidden": None},
+}
+SHOWN = ("num_tokens", "tokens_per_pass", "acceptance", "distinct_1", "distinct_2", "repetition")
+
+
+def decoders(opened: Opened) -> dict[str, Decoder]:
+    """Of all paths, on one packed base."""
+    model, backbone = opened.model, opened.backbone
+    assert model is not None, "an adapter was given"
+    backbone.pack()
+    found: dict[str, Decoder] = {PLAIN: PlainDecoder(backbone)}
+    for name, fields in PATHS.items():
+        config = replace(model.config, keep_outputs=False, phase="none", **fields)
+        if config.drafter_hidden is None:
+            config = replace(config, drafter_layers=None, draft_vocab=0)
+        path = type(model).build(config, backbone, backbone.vocab_size)
+        own = path.saved_state()
+        path.load_saved_state({key: tensor for key, tensor in model.saved_state().items() if key in own})
+        found[name] = path
+    return found
+
+
+def answers_in(path: Path) -> dict[tuple[str, str], Answer]:
+    """What was answered so far, by prompt and path."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(record["answer"]["prompt"], record["path"]): Answer.from_dict(record["answer"]) for record in records}
+
+
+def in_turn(prompts: Sequence[DomainPrompt], names: Sequence[str]) -> Iterator[tuple[DomainPrompt, str]]:
+    """Every path answers each prompt; which begins changes from prompt to prompt."""
+    for index, prompt in enumerate(prompts):
+        first = index % len(names)
+        for name in [*names[first:], *names[:first]]:
+            yield prompt, name
+
+
+def answer_all(opened: Opened, prompts: Sequence[DomainPrompt], out: Path, *, max_new_tokens: int) -> None:
+    """Answer what isn't answered yet."""
+    of_path, done = decoders(opened), answers_in(out)
+    stop = StopConfig(max_new_tokens=max_new_tokens, eos_ids=opened.backbone.eos_ids)
+    plain = PlainDecoder(opened.backbone)
+    waiting = [pair for pair in in_turn(prompts, list(of_path)) if (pair[0].name, pair[1]) not in done]
+
+    def say(prompt: DomainPrompt, name: str) -> Answer:
+        ids = prompt.encode(opened.tokenizer)
+        return answer(
+            of_path[name],
+            ids,
+            name=prompt.name,
+            domain=prompt.domain,
+            tokenizer=opened.tokenizer,
+            stop=stop,
+            flops=plain.flops,
+        )
+
+    for name in of_path if waiting else ():
+        say(waiting[0][0], name)  # what is prepared on first use isn't timed
+    for number, (prompt, name) in enumerate(waiting, start=1):
+        record = {"path": name, "answer": say(prompt, name).to_dict()}
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        print(f"\r{number} of {len(waiting)} answers", end="", file=sys.stderr, flush=True)
+
+
+def summary(
+    answers: Mapping[tuple[str, str], Answer], prompts: Sequence[DomainPrompt], opened: Opened
+) -> dict[str, dict[str, Any]]:
+    """By domain, and all together, and by path."""
+    names = list(dict.fromkeys(path for _, path in answers))
+    encoded = {prompt.name: prompt.encode(opened.tokenizer) for prompt in prompts}
+    found: dict[str, dict[str, Any]] = {}
+    for domain in (*DOMAINS, "all"):
+        chosen = [prompt.name for prompt in prompts if domain in (prompt.domain, "all")]
+        if chosen:
+            found[domain] = {name: figures_of(answers, chosen, name, opened.backbone, encoded) for name in names}
+    return found
+
+
+def figures_of(
+    answers: Mapping[tuple[str, str], Answer],
+    chosen: Sequence[str],
+    path: str,
+    backbone: Backbone,
+    encoded: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """One path over some prompts; `speedup` is plain decoding's seconds a token over this path's, prompt by prompt."""
+    ours, plain = ([answers[prompt, name] for prompt in chosen] for name in (path, PLAIN))
+    ratios = [b.seconds / len(b.tokens) * len(a.tokens) / a.seconds for a, b in zip(ours, plain, strict=True)]
+    others = [
+        str(found)
+        for prompt, a, b in zip(chosen, ours, plain, strict=True)
+        if not (found := compare(backbone, encoded[prompt], b.tokens, a.tokens)).equal
+    ]
+    quarter = len(ratios) // 4
+    return {
+        **generation_figures(ours),
+        "speedup": {
+            "median": median(ratios),
+            "quartiles": [sorted(ratios)[quarter], sorted(ratios)[-1 - quarter]],
+            "of_sums": sum(b.seconds for b in plain) / sum(a.seconds for a in ours),
+        },
+        "ms_per_token": 1e3 * sum(a.seconds for a in ours) / sum(len(a.tokens) for a in ours),
+        "num_equal": len(ours) - len(others),
+        "others": others,
+    }
+
+
+def show(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line for each domain and path."""
+    for domain, paths in found.items():
+        for path, figures in paths.items():
+            shown = "  ".join(f"{name} {figures[name]:.3g}" for name in SHOWN if figures[name] is not None)
+            speed = f"{figures['ms_per_token']:.1f} ms/token, {figures['speedup']['median']:.2f}x plain"
+            print(f"{domain:10} {path:17} {speed}, {figures['num_equal']} of {figures['num_answers']} equal  {shown}")
+
+
+def main() -> int:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter")
+    for domain in DOMAINS:
+        parser.add_argument(f"--{domain}", type=int, default=0, help=f"prompts of {domain}-prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--out", default=str(HERE / "results" / "drafting"))
+    options = parser.parse_args()
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    opened = open_model(options.adapter)
+    wanted = {domain: getattr(options, domain) for domain in DOMAINS}
+    prompts = [
+        prompt
+        for domain, count in wanted.items()
+        if count
+        for prompt in held_out_prompts(f"{domain}-prompts", domain=domain, count=count)  # type: ignore[arg-type]
+    ]
+    answer_all(opened, prompts, out / "answers.jsonl", max_new_tokens=options.max_new_tokens)
+    found = summary(answers_in(out / "answers.jsonl"), prompts, opened)
+    write_json(
+        out / "summary.json",
+        {
+            "prompts": wanted,
+            "max_new_tokens": options.max_new_tokens,
+            "method_config": opened.model.config.to_dict() if opened.model is not None else None,
+            "environment": environment(opened.backbone),
+            "threads": torch.get_num_threads(),
+            "paths": found,
+        },
+    )
+    show(found)
+    return (
+        0
+        if all("DIFFERENT" not in str(figures["others"]) for paths in found.values() for figures in paths.values())
+        else 1
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
