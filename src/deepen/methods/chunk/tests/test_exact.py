@@ -1,6 +1,6 @@
 """Exact mode gives the base's own output, whatever the sidecar holds and wherever drafts come from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import count
@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import ConfigError, PromptError
-from deepen.core.types import Batch, Prompt, RowAdvance
+from deepen.core.types import Advance, Batch, Prompt, RowAdvance
 from deepen.data.tokenizer import byte_tokenizer
+from deepen.generate.drafts import Draft
 from deepen.generate.events import RowResult
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
@@ -26,6 +27,7 @@ from deepen.generate.stop import StopConfig
 from deepen.methods.chunk import decoding as decoding_module
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.decoding import ExactDecoder
+from deepen.methods.chunk.drafter import ShallowDrafter
 from deepen.methods.chunk.model import ChunkRefineWrapper
 from deepen.methods.chunk.modules import MaskToken
 
@@ -282,6 +284,80 @@ def test_auto_finds_a_sidecar_that_is_right(monkeypatch: pytest.MonkeyPatch) -> 
     advances = advances_of_a_prophet([5, 6, 7, 8], 180, "auto")
     assert sum(advance.accepted for advance in advances if advance.source == "mask") > 80
     assert [len(advance.tokens) for advance in advances[-4:-2]] in ([1, 8], [8, 1])
+
+
+class Known(ShallowDrafter):
+    """One that knows what the base would say, or something else, and is sure of it."""
+
+    def __init__(self, truth: list[int], *, is_right: bool, place: Callable[[], int]) -> None:
+        super().__init__(backbone("llama"), hidden=8, read_layers=(3,), num_tokens=200)
+        self.num_asked, self.num_drafted = 0, 0
+        self._truth, self._shift, self._place = truth, 0 if is_right else 1, place
+
+    @property
+    def is_trained(self) -> bool:
+        return True
+
+    def draft(
+        self, tops: torch.Tensor, ids: torch.Tensor, length: int, *, goes_on: Callable[[list[list[float]]], bool]
+    ) -> list[Draft]:
+        assert tops.shape == (1, 1, backbone("llama").hidden_size) and ids.tolist() == [self._truth[self._place() - 1]]
+        sure = [0.9]
+        while len(sure) < length and goes_on([sure]):
+            sure.append(0.9)
+        coming = self._truth[self._place() :][: len(sure)]
+        tokens = [(token + self._shift) % 256 if self._shift else token for token in coming] + [0] * (
+            len(sure) - len(coming)
+        )
+        self.num_asked, self.num_drafted = self.num_asked + 1, self.num_drafted + len(sure)
+        return [Draft(tuple(tokens), "shallow", 0, tuple(sure))]
+
+
+def decoded_with_a_drafter(num_new: int, draft: str, *, is_right: bool) -> tuple[list[Advance], Known]:
+    """What is committed with a drafter that is right, or wrong; W is 8."""
+    base, prompt = backbone("llama"), [5, 6, 7, 8]
+    truth = prompt + complete(PlainDecoder(base), [prompt], stop=StopConfig(max_new_tokens=num_new))[0].tokens
+    known = Known(truth, is_right=is_right, place=lambda: len(decoding.rows[0]))
+    model = wrapper("llama", noise=False, draft="shallow", chunk_width=8)
+    sidecar = replace(model._parts(model.config), drafter=known)
+    decoder = ExactDecoder(base, draft=draft, chunk_width=8, sidecar=sidecar)
+    decoding = decoder.open(Prompt((tuple(prompt),), num_new))
+    sampler, advances = BatchSampler([SamplingConfig()]), []
+    while decoding.room(0) > 0:
+        advances.append(decoder.advance(decoding, sampler))
+    assert decoding.rows == [truth]
+    return advances, known
+
+
+def test_auto_asks_a_drafter_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_alike(monkeypatch)
+    advances, known = decoded_with_a_drafter(120, "auto", is_right=True)
+    rows = [advance.rows[0] for advance in advances]
+    assert sum(row.accepted for row in rows if row.source == "shallow") > 80
+    assert [len(row.tokens) for row in rows[-5:-1]] == [8] * 4
+    flops = known.flops_per_start * known.num_asked + known.flops_per_token * known.num_drafted
+    assert sum(advance.spent.added_flops for advance in advances) == flops
+
+
+def test_auto_asks_a_drafter_that_is_wrong_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_alike(monkeypatch)
+    advances, known = decoded_with_a_drafter(200, "auto", is_right=False)
+    assert 0 < known.num_asked < 25
+    assert sum(advance.rows[0].accepted for advance in advances if advance.rows[0].source == "shallow") == 0
+
+
+def test_the_drafter_alone_drafts_all_that_there_is_room_for() -> None:
+    for is_right, gained in ((True, [1, 8, 8, 8, 5]), (False, [1] * 30)):
+        advances, known = decoded_with_a_drafter(30, "shallow", is_right=is_right)
+        assert [len(advance.rows[0].tokens) for advance in advances] == gained
+        assert known.num_asked == len(gained) - 1 - (not is_right)
+
+
+def test_a_new_drafter_is_left_alone_by_auto() -> None:
+    """It would say again what the base has just said."""
+    model = wrapper("llama", noise=False, draft="auto with a drafter", chunk_width=8)
+    (result,) = complete(model, [[5, 6, 7, 8]], stop=StopConfig(max_new_tokens=60))
+    assert result.drafted["shallow"] == 0
 
 
 def test_a_trained_sidecar_is_what_drafts_come_from() -> None:

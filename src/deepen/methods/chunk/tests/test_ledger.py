@@ -21,6 +21,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"draft": "mask", "pooling": "chunk"},
     {"draft": "mask", "layers_to_refine": (0, 2, 3), "share_cells": True, "refine_hidden": 24},
     {"draft": "auto"},
+    {"draft": "auto", "drafter_hidden": 24, "draft_vocab": 200},
+    {"draft": "shallow", "drafter_hidden": 24, "draft_vocab": 200},
     {"draft": "lookup", "cache_reset_policy": "reset_all"},
     {"commit_mode": "refined"},
     {"commit_mode": "refined", "draft": "mask", "pooling": "chunk"},
