@@ -4,7 +4,7 @@ A pass that verifies a draft leaves, at the last position whose input is committ
 a few `read_layers` start the drafter's state; each token from the committed one on moves it, and it says the next:
 
     s_0   = rms_norm(h_top) + fuse([rms_norm(h_l) for read layers l])
-    s_j   = s_{j-1} + out(silu(inp([rms_norm(s_{j-1}), e(x_j)])))
+    s_j   = s_{j-1} + out(silu(inp([rms_norm(s_{j-1}), rms_norm(e(x_j))])))
     p_j+1 = softmax(N rows of the base's head . (scale * rms_norm(s_j)))
 
 x_1 is the base's own next token, x_2 the first drafted one; e is the base's embedding. `fuse` and `out` start at zero
@@ -67,7 +67,7 @@ class ShallowDrafter(nn.Module):
     def step(self, state: Float[Tensor, "*n D"], ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
         """The state once it has read these tokens."""
         embedded = self._backbone[0].embedding(ids).to(state.dtype)
-        inner = F.silu(_linear(self.inp, torch.cat([_normed(state), embedded], dim=-1)))
+        inner = F.silu(_linear(self.inp, torch.cat([_normed(state), _normed(embedded)], dim=-1)))
         return state + _linear(self.out, inner)
 
     def logits(self, state: Float[Tensor, "*n D"]) -> Float[Tensor, "*n N"]:

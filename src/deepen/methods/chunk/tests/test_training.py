@@ -253,7 +253,7 @@ class TestShallowDrafter:
             state = read[-1] + drafter.fuse.weight @ torch.cat(read)
             for k in range(1, size):
                 token = base.embedding_weight[row[anchor + k]].double() * embedding_scale(base, row[anchor + k])
-                inner = drafter.inp.weight @ torch.cat([normed(state), token])
+                inner = drafter.inp.weight @ torch.cat([normed(state), normed(token)])
                 state = state + drafter.out.weight @ (inner * inner.sigmoid())
                 ours = base.head.weight[:200].double() @ (drafter.scale * normed(state))
                 q, p = ours.log_softmax(-1), logits[anchor + k, :200].log_softmax(-1)
