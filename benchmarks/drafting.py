@@ -9,6 +9,7 @@ figures by domain. A path whose tokens aren't plain decoding's, other than by a 
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 
 from deepen.backbones.hf import Backbone
 from deepen.checkpoint import Opened, open_model
-from deepen.core.files import write_json
+from deepen.core.files import read_json, write_json
 from deepen.core.method import Decoder
 from deepen.evaluate.agreement import compare
 from deepen.evaluate.answers import answer
@@ -34,12 +35,12 @@ from deepen.generate.stop import StopConfig
 
 HERE = Path(__file__).parent
 DOMAINS = ("chat", "code", "rewriting")
-PLAIN = "plain"
+PLAIN, WIDEST = "plain", 16
 PATHS: Mapping[str, Mapping[str, Any]] = {
     "lookup": {"draft": "lookup", "chunk_width": 8},
     "drafter": {"draft": "shallow"},
-    "auto": {"draft": "auto", "chunk_width": 16, "max_chunk_len": 16},
-    "auto, no drafter": {"draft": "auto", "chunk_width": 16, "max_chunk_len": 16, "drafter_hidden": None},
+    "auto": {"draft": "auto", "chunk_width": WIDEST},
+    "auto, no drafter": {"draft": "auto", "chunk_width": WIDEST, "drafter_hidden": None},
 }
 SHOWN = ("num_tokens", "tokens_per_pass", "acceptance", "distinct_1", "distinct_2", "repetition")
 
@@ -51,9 +52,10 @@ def decoders(opened: Opened) -> dict[str, Decoder]:
     backbone.pack()
     found: dict[str, Decoder] = {PLAIN: PlainDecoder(backbone)}
     for name, fields in PATHS.items():
-        config = replace(model.config, keep_outputs=False, phase="none", **fields)
+        config = replace(model.config, phase="none", **fields)
+        config = replace(config, chunk_width=min(config.chunk_width, config.max_chunk_len))
         if config.drafter_hidden is None:
-            config = replace(config, drafter_layers=None, draft_vocab=0)
+            config = replace(config, drafter_layers=None, draft_vocab=0, keep_outputs=False)
         path = type(model).build(config, backbone, backbone.vocab_size)
         own = path.saved_state()
         path.load_saved_state({key: tensor for key, tensor in model.saved_state().items() if key in own})
@@ -67,6 +69,33 @@ def answers_in(path: Path) -> dict[tuple[str, str], Answer]:
         return {}
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {(record["answer"]["prompt"], record["path"]): Answer.from_dict(record["answer"]) for record in records}
+
+
+def claim(out: Path, opened: Opened, *, max_new_tokens: int) -> None:
+    """Answers of one adapter, of one length, lie in one folder. What a kill left of a last line is cut off."""
+    assert opened.model is not None, "an adapter was given"
+    own = {
+        "adapter": digest(opened.model.saved_state()),
+        "max_new_tokens": max_new_tokens,
+        "threads": torch.get_num_threads(),
+    }
+    settings = out / "settings.json"
+    if settings.exists() and (found := read_json(settings)) != own:
+        raise SystemExit(f"{out} holds answers of {found}, and these would be of {own}; choose another --out")
+    write_json(settings, own)
+    answers = out / "answers.jsonl"
+    if answers.exists():
+        text = answers.read_text(encoding="utf-8")
+        answers.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Of a model's tensors."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def in_turn(prompts: Sequence[DomainPrompt], names: Sequence[str]) -> Iterator[tuple[DomainPrompt, str]]:
@@ -176,6 +205,7 @@ def main() -> int:
         if count
         for prompt in held_out_prompts(f"{domain}-prompts", domain=domain, count=count)  # type: ignore[arg-type]
     ]
+    claim(out, opened, max_new_tokens=options.max_new_tokens)
     answer_all(opened, prompts, out / "answers.jsonl", max_new_tokens=options.max_new_tokens)
     found = summary(answers_in(out / "answers.jsonl"), prompts, opened)
     write_json(
@@ -190,11 +220,8 @@ def main() -> int:
         },
     )
     show(found)
-    return (
-        0
-        if all("DIFFERENT" not in str(figures["others"]) for paths in found.values() for figures in paths.values())
-        else 1
-    )
+    others = [each for paths in found.values() for figures in paths.values() for each in figures["others"]]
+    return int(any("DIFFERENT" in each for each in others))
 
 
 if __name__ == "__main__":

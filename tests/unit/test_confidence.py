@@ -60,25 +60,27 @@ class TestOutlook:
         outlook, calibration = Outlook(), Calibration()
         for _ in range(20):
             outlook.made([[0.5, 0.5]], 1.0)
-        assert outlook.gain(calibration) == pytest.approx(0.75)
+        assert outlook.gain(calibration, 8) == pytest.approx(0.75)
+        assert outlook.gain(calibration, 1) == pytest.approx(0.5)
         assert outlook.length == 2
 
     def test_expects_less_as_soon_as_less_came_true(self) -> None:
         outlook, calibration = Outlook(), Calibration()
         outlook.made([[0.9] * 8] * 20, 1.0)
-        before = outlook.gain(calibration)
+        before = outlook.gain(calibration, 8)
         for _ in range(3):
             calibration.observe([0.9] * 8, 0)
-        assert outlook.gain(calibration) < 0.1 * before
+        assert outlook.gain(calibration, 8) < 0.1 * before
 
     def test_a_token_costs_what_it_took(self) -> None:
         outlook = Outlook()
         before = outlook.price_of_token(0.04)
         outlook.made([[0.5] * 5], 1.0)  # the first pays for what is prepared
         assert outlook.price_of_token(0.04) == before
-        for seconds in (0.01, 0.01, 0.3):
+        for seconds in (0.3, 0.01, 0.02):
             outlook.made([[0.5] * 3, [0.5] * 5], seconds)
         assert outlook.price_of_token(0.04) == pytest.approx(0.05)
         assert outlook.price_of_token(None) == before
         outlook.forget_prices()
+        outlook.made([[0.5] * 5], 3.0)  # a machine that was busy elsewhere
         assert outlook.price_of_token(0.04) == before

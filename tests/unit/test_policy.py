@@ -461,6 +461,11 @@ class TestDrafter:
         policy.drafted([Draft((0,), "shallow", 0, (0.9,))], 0.001)
         assert policy.ask(*asked) == [0, MOST, 0]
 
+    def test_near_its_limit_a_row_is_not_expected_to_gain_more_than_it_has_room_for(self) -> None:
+        policy = trained(packed, {4: 0.9, 1: 0.1})
+        policy.drafted([Draft((0,) * 8, "shallow", 0, (0.9,) * 8)] * 8, 0.001)
+        assert policy.ask([copied(4, 1), copied(1, 8)], [1, 8]) == [0, 8]
+
     def test_a_draft_ends_where_nobody_would_reach(self) -> None:
         policy = trained(packed, {})
         assert policy.goes_on([[0.9, 0.9], [0.1, 0.1]])

@@ -344,11 +344,14 @@ def _layer_edits(layers: nn.ModuleList, edit: LayerEdit | None, width: int) -> I
 def _edit_hook(index: int, edit: LayerEdit, width: int) -> Callable[..., object]:
     """`edit` sees the pass's own positions, never the pads behind them."""
 
-    def edited(h: Tensor) -> Tensor:
-        return torch.cat([edit(index, h[:, :width]), h[:, width:]], dim=1)
-
     def hook(_layer: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> object:
-        return edited(output) if isinstance(output, Tensor) else (edited(output[0]), *output[1:])
+        h = output if isinstance(output, Tensor) else output[0]
+        own = h[:, :width]
+        edited = edit(index, own)
+        if edited is own:
+            return None  # the output stays as it is
+        whole = torch.cat([edited, h[:, width:]], dim=1)
+        return whole if isinstance(output, Tensor) else (whole, *output[1:])
 
     return hook
 

@@ -1,6 +1,6 @@
 """What a base's layers gave for whole texts, kept on the disk: a base that doesn't change reads a text once.
 
-    $DEEPEN_CACHE/outputs/FINGERPRINT-DTYPE-LAYERS/TEXT.safetensors
+    $DEEPEN_CACHE/outputs/FINGERPRINT-DTYPE-DEVICE-LAYERS/TEXT.safetensors
 
 FINGERPRINT is the base's, TEXT a digest of the ids. Each text is read by itself, so what is kept of it doesn't depend
 on what stood beside it, and training that was cut off goes on with the same numbers. Nothing is ever deleted here: of
@@ -79,15 +79,19 @@ class KeptOutputs:
     @cached_property
     def _folder(self) -> Path:
         base, dtype = fingerprint(self._backbone.model)[:_DIGITS], str(self._backbone.dtype).removeprefix("torch.")
-        return cache_folder() / "outputs" / f"{base}-{dtype}-{'-'.join(map(str, self.layers))}"
+        kind = f"{dtype}-{self._backbone.device.type}"
+        return cache_folder() / "outputs" / f"{base}-{kind}-{'-'.join(map(str, self.layers))}"
 
     @torch.no_grad()
     def _read(self, ids: Sequence[int]) -> TextOutputs:
         cache = self._backbone.new_cache(batch_size=1, capacity=len(ids))
         tops, said = LayerOutputs(self.layers), list[Tensor]()
+        device = self._backbone.device
         for start in range(0, len(ids), WALK_WIDTH):
-            slab = torch.tensor([ids[start : start + WALK_WIDTH]], device=self._backbone.device)
-            logits = self._backbone.run(slab, cache, edit=tops.read, whole=True)[0]
+            slab = torch.tensor([ids[start : start + WALK_WIDTH]], device=device)
+            # In whatever precision a step computes: what is kept is for other runs, too.
+            with torch.autocast(device.type, enabled=False):
+                logits = self._backbone.run(slab, cache, edit=tops.read, whole=True)[0]
             cache.commit([slab.shape[1]])
             self._compare(tops.stacked()[0, start:, -1], logits)
             said.append(logits.argmax(dim=-1))
@@ -97,7 +101,7 @@ class KeptOutputs:
         """Once, that `logits` are the base's: a model may do more behind its head than is known here."""
         if self._says_as_the_base is None:
             made = self.logits(top, self._backbone.head.weight)  # type: ignore[arg-type]
-            self._says_as_the_base = torch.allclose(made, logits, rtol=_TOLERANCE, atol=_TOLERANCE)
+            self._says_as_the_base = torch.allclose(made.float(), logits.float(), rtol=_TOLERANCE, atol=_TOLERANCE)
         if not self._says_as_the_base:
             raise CannotTrain(
                 f"keep_outputs can't make the logits of {type(self._backbone.model).__name__} from what its last layer "

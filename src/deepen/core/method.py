@@ -122,9 +122,9 @@ class Fitting(Protocol):
     """A model that chooses something by the data that it will be trained on; what it chose is in `saved_state`."""
 
     def fit(self, counts: Tensor) -> None:
-        """`counts` `[V]` says how often each id is learned in an epoch; told once, before a new run's first step.
+        """`counts` `[V]` says how often each id is learned in an epoch; told before the first step.
 
-        A model that was fitted before stays as it is.
+        A model that has learned already stays as it is. A run that goes on then takes back what it was fitted to.
         """
 
 

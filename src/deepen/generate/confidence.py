@@ -4,10 +4,11 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
-from statistics import fmean, median
+from statistics import fmean
 
 _MOST_CHANCE = 0.98
 _RECENT = 8
+_FEW = 3
 
 
 class Calibration:
@@ -64,9 +65,9 @@ class Outlook:
             self._seconds.append(seconds / max(map(len, confidences)))
         self._is_warm = True
 
-    def gain(self, calibration: Calibration) -> float:
-        """Accepted tokens a draft, as the drafter is believed now."""
-        return fmean(sum(calibration.reach(confidence)) for confidence in self._made)
+    def gain(self, calibration: Calibration, most: int) -> float:
+        """Accepted tokens a draft of `most` tokens at most, as the drafter is believed now."""
+        return fmean(sum(calibration.reach(confidence[:most])) for confidence in self._made)
 
     @property
     def is_known(self) -> bool:
@@ -79,10 +80,15 @@ class Outlook:
         return round(fmean(map(len, self._made)))
 
     def price_of_token(self, pass_seconds: float | None) -> float:
-        """Of drafting one, in passes of one token, which take `pass_seconds`, None if that isn't known."""
+        """Of drafting one, in passes of one token, which take `pass_seconds`, None if that isn't known.
+
+        By the fastest of the last drafts: what disturbs a machine only makes them slower. Until a few were timed they
+        may only make it cheaper, as a drafter that seemed too dear would seldom be timed again.
+        """
         if not self._seconds or pass_seconds is None:
             return self._share_of_a_token
-        return median(self._seconds) / pass_seconds
+        timed = min(self._seconds) / pass_seconds
+        return timed if len(self._seconds) >= _FEW else min(timed, self._share_of_a_token)
 
     def forget_prices(self) -> None:
         """Of another number of rows they are others."""

@@ -209,8 +209,10 @@ class DraftPolicy:
 
         The rows have these copies as well. Where nobody should be asked, 0.
         """
-        expected = self._rate_expected(max(most, default=0))
-        wanted = [room if expected > self._rate_of(copied) else 0 for copied, room in zip(copies, most, strict=True)]
+        wanted = [
+            room if room and self._rate_expected(room) > self._rate_of(copied) else 0
+            for copied, room in zip(copies, most, strict=True)
+        ]
         if any(wanted):
             # A first draft is short: neither its worth nor what width costs is known.
             return wanted if self._outlook.is_known else [min(_PROBE_SLOTS, room) for room in wanted]
@@ -223,9 +225,11 @@ class DraftPolicy:
 
     def goes_on(self, confidence: Sequence[Sequence[float]]) -> bool:
         """Whether another token should be drafted behind those of these confidences, one or more in each row."""
-        rate = max(1.0, self._rate_expected(len(confidence[0]) + 1))
+        rate = max(1.0, self._rate_expected(self._outlook.length))
         reach = max(self.calibration.reach(row)[-1] for row in confidence)
-        return reach > rate * (self._price_of_token() + _FURTHER_POSITION)
+        a_few = 2 * QUERY_BLOCK
+        price_of_place = (self.price.relative(1 + a_few) - 1) / a_few
+        return reach > rate * (self._price_of_token() + price_of_place)
 
     def drafted(self, drafts: Sequence[Draft], seconds: float) -> None:
         """A drafter was asked of some rows, which took it so long."""
@@ -235,7 +239,7 @@ class DraftPolicy:
         """Of the next draft of so many tokens at most, before it is made."""
         length = min(most, self._outlook.length)
         price = self.price.relative(1 + length) + length * self._price_of_token()
-        return (1 + self._outlook.gain(self.calibration)) / price
+        return (1 + self._outlook.gain(self.calibration, most)) / price
 
     def _price_of_token(self) -> float:
         return self._outlook.price_of_token(self.price.seconds(1) if self.price.timed else None)

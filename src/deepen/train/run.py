@@ -87,6 +87,8 @@ class _Run:
         base.eval()  # a base's dropout would hide what it knows from what is trained on it
         self.module = StepModule(self.trainee.model, base)
         self.loader = Loader(rows_of_run(config, self.trainee), rows_per_step=config.batch_size, seed=config.seed)
+        if isinstance(self.trainee.model, Fitting):
+            self.trainee.model.fit(self.loader.counts(self.trainee.backbone.vocab_size))
         freeze_base(self.trainee.model, base)  # what is frozen decides what a step costs, and how it is sharded
         self.num_steps = self._planned_steps()
         self._wrap()
@@ -128,8 +130,6 @@ class _Run:
         if first == self.num_steps:
             self.show(f"the run is finished: {self._step_folder(first)}")
             return self._step_folder(first)
-        if first == 0 and isinstance(self.trainee.model, Fitting):
-            self.trainee.model.fit(self.loader.counts(self.trainee.backbone.vocab_size))
         self.show(self.module.what_trains())
         self.pace = Pace()  # what came before was no step's time
         try:

@@ -148,7 +148,7 @@ class RecursiveConfig(Config):
     drafter_hidden: int | None = None
     # Layers whose outputs it starts from, the last of them last; null is a third and two thirds up, and the last.
     drafter_layers: tuple[int, ...] | None = None
-    # It drafts only the first so many tokens of the vocabulary; 0 is all of them.
+    # It drafts only so many tokens of the vocabulary, the most frequent of what it learns from; 0 is all of them.
     draft_vocab: int = 0
     # Whether its training keeps what the base's layers gave for each text, in the cache folder.
     keep_outputs: bool = False
@@ -252,16 +252,12 @@ class RecursiveConfig(Config):
         if self.draft == "shallow" and self.drafter_hidden is None:
             messages.append("draft shallow needs a drafter; set drafter_hidden to its width, such as twice the base's")
         if self.drafter_hidden is None:
-            unread = {"drafter_layers": self.drafter_layers, "draft_vocab": self.draft_vocab}
+            unread = {name: getattr(self, name) for name in ("drafter_layers", "draft_vocab", "keep_outputs")}
             messages += [
                 f"{name} {value} has no effect without a drafter; set drafter_hidden, or leave it out"
                 for name, value in unread.items()
                 if value
             ]
-        if self.keep_outputs and mode == "exact" and self.draft != "shallow":
-            messages.append(
-                "keep_outputs has an effect only in training the shallow drafter; set draft to shallow, or leave it out"
-            )
         if self.draft == "shallow" and self.phase == "b":
             messages.append("phase b trains LoRA at slots, which draft shallow has none of; set phase to a")
         if self.phase == "c" and mode == "exact":

@@ -13,7 +13,7 @@ Slots don't ride on verify passes: behind a draft they are of use only where all
 width every time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -27,7 +27,7 @@ from deepen.core.types import Advance, Prompt, RowAdvance, Spent
 from deepen.generate.drafts import NO_DRAFT, Draft, JacobiDraft, LookupDraft
 from deepen.generate.policy import Choice, DraftPolicy, Offer
 from deepen.generate.verify import Decoding, judge, open_decoding, read, run_drafts, spent_on, verify
-from deepen.methods.chunk.drafter import ShallowDrafter
+from deepen.methods.chunk.drafter import GoesOn, ShallowDrafter
 from deepen.methods.chunk.passes import Sidecar, run_slots
 
 
@@ -38,24 +38,15 @@ class ChunkDecoding(Decoding):
     lookups  indices of the rows' texts, to copy from
     guesses  what the last pass predicted behind what it committed
     pending  what slots proposed, as far as nothing committed since differs from it; `NO_DRAFT` where there is nothing
-    outputs  `[B, W, L, D]`, what the layers that the drafter reads gave in the last pass, if there is one
-    tops     `[B, L, D]`, those at the last token read; None before the first pass
+    tops     `[B, L, D]`, what the layers that the drafter reads gave at the last token read; None before the first pass
     policy   measurements
     """
 
     lookups: list[LookupDraft] = field(default_factory=list)
     guesses: list[JacobiDraft] = field(default_factory=list)
     pending: list[Draft] = field(default_factory=list)
-    outputs: Tensor | None = None
     tops: Tensor | None = None
     policy: DraftPolicy = field(default_factory=DraftPolicy)
-
-    def note_tops(self, gained: Sequence[RowAdvance]) -> None:
-        """Where the last pass committed so much: the base's own token at the end was not read yet."""
-        if self.outputs is not None:
-            last = torch.tensor([len(row.tokens) - 1 for row in gained], device=self.outputs.device)
-            self.tops = self.outputs[torch.arange(len(gained), device=last.device), last]
-            self.outputs = None
 
     def drop(self, rows: Sequence[int]) -> None:
         """Forget these rows and their drafts."""
@@ -93,9 +84,7 @@ class ExactDecoder:
         self._chunk_width = chunk_width
         self._sidecar = sidecar
         self._reset_all = reset_all
-        drafter = sidecar.drafter if sidecar is not None else None
-        # Where there is a choice, a new drafter isn't asked: it has learned nothing.
-        self._reads_ahead = drafter is not None and (draft == "shallow" or (draft == "auto" and drafter.is_trained))
+        self._reads_ahead = reads_ahead(draft, sidecar.drafter if sidecar is not None else None)
 
     def open(self, prompt: Prompt) -> ChunkDecoding:
         """Read the prompt."""
@@ -161,7 +150,7 @@ class ExactDecoder:
         self,
         decoding: ChunkDecoding,
         most: Sequence[int],
-        goes_on: Callable[[list[list[float]]], bool] = lambda _: True,
+        goes_on: GoesOn | None = None,
     ) -> tuple[list[Draft], Spent]:
         """What the drafter proposes for rows that want any, so many tokens at most; before the first pass nothing."""
         drafts = [NO_DRAFT] * len(most)
@@ -228,9 +217,11 @@ class ExactDecoder:
         num_slots = [choice.num_slots for choice in choices]
         drafts = [choice.draft for choice in choices]
         read = [_empty(slots) if slots else draft for slots, draft in zip(num_slots, drafts, strict=True)]
-        logits = self._run_with_slots(decoding, read, num_slots)
+        outputs = LayerOutputs(self._drafter.read_layers if self._reads_ahead else ())
+        logits = self._run(decoding, read, num_slots, outputs)
         gained = judge(decoding, drafts, logits, sampler)
-        decoding.note_tops(gained)
+        if self._reads_ahead:
+            decoding.tops = _at_last_read(outputs.stacked(), gained)
         decoding.pending = [
             _proposed(logits[row, 1 : 1 + slots]) if slots else pending.behind(gained[row].tokens)
             for row, (slots, pending) in enumerate(zip(num_slots, decoding.pending, strict=True))
@@ -245,14 +236,11 @@ class ExactDecoder:
         flops = self._sidecar.draft_flops(self._backbone.num_layers, widths, num_slots=num_slots)
         return Spent(added_flops=flops)
 
-    def _run_with_slots(self, decoding: ChunkDecoding, read: Sequence[Draft], num_slots: Sequence[int]) -> Tensor:
-        if self._reads_ahead:
-            outputs = LayerOutputs(self._drafter.read_layers)
-            logits = run_drafts(self._backbone, decoding, read, edit=outputs.read)
-            decoding.outputs = outputs.stacked()
-            return logits
+    def _run(
+        self, decoding: ChunkDecoding, read: Sequence[Draft], num_slots: Sequence[int], outputs: LayerOutputs
+    ) -> Tensor:
         if not any(num_slots):
-            return run_drafts(self._backbone, decoding, read)
+            return run_drafts(self._backbone, decoding, read, edit=outputs.read if self._reads_ahead else None)
         assert self._sidecar is not None, "slots are drafted by an enabled sidecar only"
         # A row with slots holds one clean token and nothing else.
         inputs = [[ids[-1], *draft.tokens] for ids, draft in zip(decoding.rows, read, strict=True)]
@@ -260,9 +248,20 @@ class ExactDecoder:
         return run_slots(self._backbone, self._sidecar, run, inputs, num_slots).logits
 
 
+def reads_ahead(draft: str, drafter: ShallowDrafter | None) -> bool:
+    """Whether the drafter is asked: where there is a choice, not one that has learned nothing."""
+    return drafter is not None and (draft == "shallow" or (draft == "auto" and drafter.has_learned))
+
+
 def _empty(num_slots: int) -> Draft:
     """Holds the place of slots, whose ids nobody reads."""
     return Draft((0,) * num_slots, source="mask", evidence=0)
+
+
+def _at_last_read(outputs: Tensor, gained: Sequence[RowAdvance]) -> Tensor:
+    """`[B, L, D]` of `[B, W, L, D]`: the base's own token at the end of what was gained was not read yet."""
+    last = torch.tensor([len(row.tokens) - 1 for row in gained], device=outputs.device)
+    return outputs[torch.arange(len(gained), device=last.device), last]
 
 
 def _proposed(logits: Tensor) -> Draft:

@@ -3,14 +3,15 @@
 A pass that verifies a draft leaves, at the last position whose input is committed, the outputs of all layers. Those of
 a few `read_layers` start the drafter's state; each token from the committed one on moves it, and it says the next:
 
-    s_0   = rms_norm(h_top) + fuse([rms_norm(h_l) for read layers l])
+    s_0   = rms_norm(h_top) + fuse([rms_norm(h_l) for read layers l]), top the uppermost of them
     s_j   = s_{j-1} + out(silu(inp([rms_norm(s_{j-1}), rms_norm(e(x_j))])))
     p_j+1 = softmax(N rows of the base's head . (scale * rms_norm(s_j)))
 
 x_1 is the base's own next token, x_2 the first drafted one; e is the base's embedding. `fuse` and `out` start at zero
-and `scale` at the base's last norm, so a new drafter says what the base said of the token before. No pass of the base
-is spent on drafting: a step costs its two products and the head's rows. After Zhang et al. 2024 (arXiv 2403.09919), who
-draft by a recurrent net from the last layer, and Li et al. 2025 (arXiv 2503.01840), who read several.
+and `scale` at the base's last norm, so a new drafter that reads the last layer says again what the base has just said.
+No pass of the base is spent on drafting: a step costs its two products and the head's rows. After Zhang et al. 2024
+(arXiv 2403.09919), who draft by a recurrent net from the last layer, and Li et al. 2025 (arXiv 2503.01840), who read
+several.
 
 A text needs few of a vocabulary's tokens often, so only N can be drafted, the most frequent of what it learns from.
 
@@ -33,6 +34,9 @@ from deepen.generate.drafts import Draft
 from deepen.methods.chunk.modules import NORM_EPS
 from deepen.nn.linear import version_of
 
+# Told how sure a drafter is of all its tokens so far, row by row: whether there should be another.
+GoesOn = Callable[[list[list[float]]], bool]
+
 
 class ShallowDrafter(nn.Module):
     """The net; the base's embedding and head are its, too, and stay as they are."""
@@ -54,13 +58,14 @@ class ShallowDrafter(nn.Module):
         self._rows_of: tuple[Any, Tensor] | None = None
         nn.init.zeros_(self.fuse.weight)
         nn.init.zeros_(self.out.weight)
-        norm = getattr(backbone.final_norm, "weight", None)
-        if norm is not None and not norm.is_meta:
+        weight = backbone.embedding_weight
+        if not weight.is_meta:
             with torch.no_grad():
-                self.scale.copy_(norm)
+                # Some norms scale by their weight, others by one more.
+                self.scale.copy_(backbone.final_norm(torch.ones(size, dtype=weight.dtype, device=weight.device)))
 
     def start(self, tops: Float[Tensor, "*n L D"]) -> Float[Tensor, "*n D"]:
-        """The state before the first token; `tops` are the outputs of the read layers, the last layer's at the end."""
+        """The state before the first token; `tops` are the outputs of the read layers, the uppermost at the end."""
         normed = _normed(tops)
         return normed[..., -1, :] + _linear(self.fuse, normed.flatten(-2))
 
@@ -96,9 +101,9 @@ class ShallowDrafter(nn.Module):
     def fit(self, counts: Int[Tensor, "V"]) -> None:
         """Draft the N tokens that are most frequent by these counts; of equally frequent ones, those that come first.
 
-        Nothing changes if that was done before.
+        Nothing changes if it has learned to draft others.
         """
-        if self.tokens is None or not torch.equal(self.tokens, torch.arange(len(self.tokens)).to(self.tokens)):
+        if self.tokens is None or self.has_learned:
             return
         most = counts.argsort(descending=True, stable=True)[: len(self.tokens)]
         self.tokens.copy_(most.sort().values)
@@ -124,26 +129,27 @@ class ShallowDrafter(nn.Module):
         ids: Int[Tensor, "B"],
         length: int,
         *,
-        goes_on: Callable[[list[list[float]]], bool] = lambda _: True,
+        goes_on: GoesOn | None = None,
     ) -> list[Draft]:
         """What comes behind the tokens `ids`, each the one that its row's base has just decided: one draft a row.
 
-        It has `length` tokens, or fewer: behind each `goes_on` says, told how sure of all its tokens each row is,
-        whether there should be another.
+        It has `length` tokens, 1 or more, or fewer if `goes_on` says behind one of them that there should be no other.
         """
-        state, tokens, sure = self.start(tops), list[Tensor](), list[list[float]]()
-        while not tokens or (len(tokens) < length and goes_on([list(row) for row in zip(*sure, strict=True)])):
+        state, tokens, sure = self.start(tops), list[Tensor](), list[Tensor]()
+        for number in range(length):
+            if number and goes_on is not None and not goes_on(torch.stack(sure, dim=1).tolist()):
+                break
             state = self.step(state, ids)
             best = self.logits(state).softmax(dim=-1, dtype=torch.float32).max(dim=-1)
             ids = self.ids(best.indices)
             tokens.append(ids)
-            sure.append(best.values.nan_to_num(nan=0.0).tolist())
-        rows = zip(torch.stack(tokens, dim=1).tolist(), zip(*sure, strict=True), strict=True)
-        return [Draft(tuple(row), source="shallow", evidence=0, confidence=confidence) for row, confidence in rows]
+            sure.append(best.values.nan_to_num(nan=0.0))
+        rows = zip(torch.stack(tokens, dim=1).tolist(), torch.stack(sure, dim=1).tolist(), strict=True)
+        return [Draft(tuple(ids), source="shallow", evidence=0, confidence=tuple(each)) for ids, each in rows]
 
     @property
-    def is_trained(self) -> bool:
-        """Whether it learned anything: a new one says again what the base has just said."""
+    def has_learned(self) -> bool:
+        """Whether it learned anything."""
         # One row tells, and this is asked before every pass.
         return bool(self.out.weight[0].any())
 

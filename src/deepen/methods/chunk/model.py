@@ -31,7 +31,7 @@ from deepen.generate.stop import StopConfig
 from deepen.generate.verify import Decoding
 from deepen.methods.chunk import training
 from deepen.methods.chunk.config import CellPlan, RecursiveConfig, resolve_for_base
-from deepen.methods.chunk.decoding import ExactDecoder
+from deepen.methods.chunk.decoding import ExactDecoder, reads_ahead
 from deepen.methods.chunk.drafter import ShallowDrafter, default_read_layers
 from deepen.methods.chunk.modules import BoundaryHead, LatentToken, MaskToken, RefineCell
 from deepen.methods.chunk.passes import Sidecar, refine_slots
@@ -353,7 +353,10 @@ class ChunkRefineWrapper(nn.Module):
             return self._refined_advance_flops(context)
         width = config.chunk_width if config.recursive_enabled and config.resolved_draft != "ar" else 1
         found = {f"verify pass over {width}": self.flops(num_positions=width, context=context)}
-        if config.recursive_enabled and config.resolved_draft in ("mask", "auto"):
+        if self.drafter is not None and reads_ahead(config.resolved_draft, self.drafter):
+            drafting = self.drafter.flops_per_start + (width - 1) * self.drafter.flops_per_token
+            found[f"drafting {width - 1} tokens"] = drafting
+        elif config.recursive_enabled and config.resolved_draft in ("mask", "auto"):
             cells = self.sidecar_flops(num_positions=width)
             label = f"draft pass over 1 and {width - 1} slots"
             found[label] = self.flops(num_positions=width, context=context) + cells

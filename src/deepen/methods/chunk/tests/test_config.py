@@ -159,9 +159,8 @@ class TestMessages:
                 "phase b trains LoRA at slots, which draft shallow has none of; set phase to a",
             ),
             (
-                RecursiveConfig(drafter_hidden=8, keep_outputs=True),
-                "keep_outputs has an effect only in training the shallow drafter; "
-                "set draft to shallow, or leave it out",
+                RecursiveConfig(keep_outputs=True),
+                "keep_outputs True has no effect without a drafter; set drafter_hidden, or leave it out",
             ),
             (RecursiveConfig(chunk_width=0), "chunk_width must be positive"),
             (RecursiveConfig(max_inner_steps=0), "max_inner_steps must be positive"),

@@ -27,7 +27,7 @@ from deepen.generate.stop import StopConfig
 from deepen.methods.chunk import decoding as decoding_module
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.decoding import ExactDecoder
-from deepen.methods.chunk.drafter import ShallowDrafter
+from deepen.methods.chunk.drafter import GoesOn, ShallowDrafter
 from deepen.methods.chunk.model import ChunkRefineWrapper
 from deepen.methods.chunk.modules import MaskToken
 
@@ -295,15 +295,15 @@ class Known(ShallowDrafter):
         self._truth, self._shift, self._place = truth, 0 if is_right else 1, place
 
     @property
-    def is_trained(self) -> bool:
+    def has_learned(self) -> bool:
         return True
 
     def draft(
-        self, tops: torch.Tensor, ids: torch.Tensor, length: int, *, goes_on: Callable[[list[list[float]]], bool]
+        self, tops: torch.Tensor, ids: torch.Tensor, length: int, *, goes_on: GoesOn | None = None
     ) -> list[Draft]:
         assert tops.shape == (1, 1, backbone("llama").hidden_size) and ids.tolist() == [self._truth[self._place() - 1]]
         sure = [0.9]
-        while len(sure) < length and goes_on([sure]):
+        while len(sure) < length and (goes_on is None or goes_on([sure])):
             sure.append(0.9)
         coming = self._truth[self._place() :][: len(sure)]
         tokens = [(token + self._shift) % 256 if self._shift else token for token in coming] + [0] * (

@@ -164,6 +164,19 @@ class TestDrafter:
         )  # fmt: skip
         assert self.tokens(second) == self.tokens(first)
 
+    def test_a_run_goes_on_alike_with_what_was_kept_and_without(self, of_drafter, tmp_path, monkeypatch):
+        """The texts are read by themselves, so nothing depends on which were kept."""
+        config = replace(of_drafter, overrides={**of_drafter.overrides, "keep_outputs": True}, num_steps=4)
+        config = replace(config, save_interval=2)
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path / "one"))
+        whole, _ = trained(config)
+        again = replace(config, output_dir=str(tmp_path / "again"))
+        trained(again)
+        shutil.rmtree(tmp_path / "again" / "step_4")
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path / "other"))
+        resumed, _ = trained(again)
+        assert (whole / "sidecar.safetensors").read_bytes() == (resumed / "sidecar.safetensors").read_bytes()
+
 
 class TestAdapterDtype:
     def test_a_rounded_adapter_is_what_it_was_but_for_rounding(self, run_config, tmp_path):

@@ -1,5 +1,6 @@
 """Training of the sidecar: what its passes are, what reaches what, what learns, and that it learns."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -294,6 +295,21 @@ class TestShallowDrafter:
         assert not torch.equal(*tops)
         assert len(list(tmp_path.glob("outputs/*/*.safetensors"))) == 2
 
+    def test_what_is_kept_is_not_rounded_by_the_precision_of_a_step(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
+        (row,) = texts(15)
+        kept = wrapper(**SHALLOW, keep_outputs=True).drafter.kept_outputs
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = kept.of(row)
+        monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path / "other"))
+        plain = wrapper(**SHALLOW, keep_outputs=True).drafter.kept_outputs.of(row)
+        assert torch.equal(rounded.tops, plain.tops)
+
+    def test_an_adapter_that_was_trained_so_drafts_otherwise(self):
+        """`keep_outputs` is of training and stands in no other setting's way."""
+        for draft in ("auto", "mask", "lookup", "shallow"):
+            replace(wrapper(**SHALLOW, keep_outputs=True).config, draft=draft).check()
+
     def test_a_base_that_says_otherwise_than_its_head_is_refused(self, monkeypatch, tmp_path):
         monkeypatch.setenv("DEEPEN_CACHE", str(tmp_path))
         (row,) = texts(15)
@@ -349,7 +365,7 @@ class TestShallowDrafter:
             assert drafts.pop().tokens == expected.tokens
 
     def test_it_drafts_the_most_frequent_tokens(self):
-        model = wrapper(**{**SHALLOW, "draft_vocab": 3})
+        model = wrapper(noise=0.0, **{**SHALLOW, "draft_vocab": 3})
         assert model.drafter.tokens.tolist() == [0, 1, 2]
         counts = torch.zeros(model.backbone.vocab_size, dtype=torch.long)
         counts[[7, 50, 200]] = torch.tensor([3, 9, 3])
@@ -363,9 +379,43 @@ class TestShallowDrafter:
         torch.testing.assert_close(logits, (normed * model.drafter.scale) @ rows.T)
         drafted = model.drafter.draft(torch.randn(2, 3, model.backbone.hidden_size), torch.tensor([5, 9]), 6)
         assert {token for draft in drafted for token in draft.tokens} <= {7, 50, 100}
-        # What it learned belongs to these, so that going on with other data keeps them.
+        # What it has learned belongs to these, so that going on with other data keeps them.
+        model.drafter.out.weight.data += 1
         model.fit(counts.flip(0))
         assert model.drafter.tokens.tolist() == [7, 50, 100]
+
+    @pytest.mark.parametrize("name", tiny.NAMES)
+    def test_a_new_one_says_again_what_the_base_has_just_said(self, name):
+        model = wrapper(name, noise=0.0, **SHALLOW)
+        (row,) = texts(9)
+        tops = LayerOutputs(model.drafter.read_layers)
+        cache = model.backbone.new_cache(batch_size=1, capacity=len(row))
+        with torch.no_grad():
+            said = model.backbone.run(torch.tensor([row]), cache, edit=tops.read)[0]
+            state = model.drafter.step(model.drafter.start(tops.stacked()[0]), said.argmax(dim=-1))
+            again = model.drafter.logits(state)
+        assert not model.drafter.has_learned
+        assert torch.equal(again.argmax(dim=-1), said[:, :200].argmax(dim=-1))
+
+    def test_rows_of_a_batch_start_each_from_their_own(self):
+        """Ragged rows of which one is dropped: what each would draft is what it would draft alone."""
+        model = wrapper(noise=0.5, double=True, **SHALLOW)
+        rows = texts(9, 4, 14)
+        together, alone = model.open(Prompt(tuple(map(tuple, rows)), 40)), []
+        sampler = BatchSampler([SamplingConfig()] * 3)
+        for number in range(6):
+            if number == 3:
+                model.drop(together, [0])
+                sampler = BatchSampler([SamplingConfig()] * 2)
+            model.advance(together, sampler)
+            for row, ids in enumerate(together.rows):
+                cache = model.backbone.new_cache(batch_size=1, capacity=len(ids))
+                tops = LayerOutputs(model.drafter.read_layers)
+                with torch.no_grad():
+                    model.backbone.run(torch.tensor([ids[:-1]]), cache, edit=tops.read)
+                alone.append(tops.stacked()[0, -1])
+                torch.testing.assert_close(together.tops[row], alone[-1], rtol=1e-6, atol=1e-6)
+        assert len(alone) == 3 * 3 + 3 * 2
 
     def test_what_it_drafts_follows_its_base(self):
         """The head's rows are gathered once, until the head or what can be drafted changes."""
@@ -380,7 +430,7 @@ class TestShallowDrafter:
         torch.testing.assert_close(drafter.logits(state)[:, :-1], 2 * before[:, 1:])
 
     def test_only_what_trains_is_fitted(self):
-        model = wrapper(**{**SHALLOW, "draft": "mask"})
+        model = wrapper(noise=0.0, **{**SHALLOW, "draft": "mask"})
         model.fit(torch.arange(model.backbone.vocab_size))
         assert model.drafter.tokens.tolist() == list(range(200))
 
