@@ -180,12 +180,24 @@ def open_shape(address: str) -> Opened:
     return Opened(PlainDecoder(backbone), backbone, None, BaseIdentity(address, "none", "none"))
 
 
-def read_adapter(folder: str | Path, backbone: Backbone) -> RecursiveModel:
-    """The model in an adapter folder on a base that is at hand, which is taken to be the one it was made for.
+def base_address(folder: str | Path) -> str:
+    """Where the base of the adapter in `folder` was; raises `CheckpointError` if it doesn't say."""
+    return _read_manifest(Path(folder).expanduser()).base.address
 
-    Raises `CheckpointError` if files are missing or damaged or don't fit each other.
+
+def read_adapter(
+    folder: str | Path, backbone: Backbone, *, loaded: Loaded | None = None, overrides: Mapping[str, Any] | None = None
+) -> RecursiveModel:
+    """The model in an adapter folder on a base that is at hand; `overrides` are as for `open_model`.
+
+    The base is taken to be the one that the adapter was made for, unless `loaded` is given, which is what it was
+    attached to: that is compared. Raises `CheckpointError` if that is another, or if files are missing or damaged or
+    don't fit each other.
     """
-    return _Adapter(Path(folder).expanduser(), {}).build_on(backbone)
+    adapter = _Adapter(Path(folder).expanduser(), overrides or {})
+    if loaded is not None:
+        adapter.check_base(loaded)
+    return adapter.build_on(backbone)
 
 
 def with_overrides(config: Any, overrides: Mapping[str, Any], *, source: str) -> Any:
@@ -214,7 +226,7 @@ class _Adapter:
     def open_on(self, load_at: Callable[[str], Loaded], base: str | None, *, pack: bool) -> Opened:
         """The model on the base that `load_at` gives for an address."""
         loaded = self._load_base(load_at, base)
-        self._check_base(loaded)
+        self.check_base(loaded)
         backbone = _attached(loaded, pack=pack)
         model = self.build_on(backbone)
         return Opened(model, backbone, loaded.tokenizer, loaded.identity, self.method, model)
@@ -234,7 +246,8 @@ class _Adapter:
                 "base=ADDRESS (--base on the command line)"
             ) from cause
 
-    def _check_base(self, loaded: Loaded) -> None:
+    def check_base(self, loaded: Loaded) -> None:
+        """Raises `CheckpointError` if this is another base, or has another tokenizer, than it was made for."""
         expected, found = self.manifest.base, loaded.identity
         if found.fingerprint != expected.fingerprint:
             raise CheckpointError(

