@@ -1,6 +1,6 @@
 """What a trained drafter is worth on prompts that no training read: passes, tokens, seconds, against plain decoding.
 
-    PYTHONPATH=src python benchmarks/drafting.py runs/drafter/step_N --chat 100 --code 50 --rewriting 50
+    PYTHONPATH=src python benchmarks/drafting.py adapters/smollm2-drafter --chat 100 --code 50 --rewriting 50
 
 answers held-out prompts along four paths, one prompt after the other: plain decoding, prompt lookup, the drafter alone
 and `auto`, which chooses among all of them. Which path begins changes from prompt to prompt. Every answer is a line of
@@ -35,12 +35,11 @@ from deepen.generate.stop import StopConfig
 
 HERE = Path(__file__).parent
 DOMAINS = ("chat", "code", "rewriting")
-PLAIN, WIDEST = "plain", 16
+PLAIN = "plain"
 PATHS: Mapping[str, Mapping[str, Any]] = {
     "lookup": {"draft": "lookup", "chunk_width": 8},
-    "drafter": {"draft": "shallow"},
-    "auto": {"draft": "auto", "chunk_width": WIDEST},
-    "auto, no drafter": {"draft": "auto", "chunk_width": WIDEST, "drafter_hidden": None},
+    "drafter": {"draft": "shallow", "chunk_width": 6},
+    "auto": {"draft": "auto", "chunk_width": 16},
 }
 SHOWN = ("num_tokens", "tokens_per_pass", "acceptance", "distinct_1", "distinct_2", "repetition")
 
@@ -52,13 +51,10 @@ def decoders(opened: Opened) -> dict[str, Decoder]:
     backbone.pack()
     found: dict[str, Decoder] = {PLAIN: PlainDecoder(backbone)}
     for name, fields in PATHS.items():
-        config = replace(model.config, phase="none", **fields)
+        config = replace(model.config, **fields)
         config = replace(config, chunk_width=min(config.chunk_width, config.max_chunk_len))
-        if config.drafter_hidden is None:
-            config = replace(config, drafter_layers=None, draft_vocab=0, keep_outputs=False)
         path = type(model).build(config, backbone, backbone.vocab_size)
-        own = path.saved_state()
-        path.load_saved_state({key: tensor for key, tensor in model.saved_state().items() if key in own})
+        path.load_saved_state(model.saved_state())
         found[name] = path
     return found
 
