@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/deepen demo
+	$(BIN)/deepen demo --model adapters/smollm2-drafter
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not slow"
