@@ -24,6 +24,8 @@ from deepen.backbones.hf import Backbone
 from deepen.checkpoint import Opened, open_model
 from deepen.core.files import read_json, write_json
 from deepen.core.method import Decoder
+from deepen.core.types import Progress
+from deepen.data.loader import Loader
 from deepen.evaluate.agreement import compare
 from deepen.evaluate.answers import answer
 from deepen.evaluate.environment import environment
@@ -32,6 +34,9 @@ from deepen.evaluate.prompts import DomainPrompt, held_out_prompts
 from deepen.evaluate.results import Answer
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.stop import StopConfig
+from deepen.train.config import RunConfig
+from deepen.train.run import rows_of_run
+from deepen.train.trainee import open_trainee
 
 HERE = Path(__file__).parent
 DOMAINS = ("chat", "code", "rewriting")
@@ -173,6 +178,31 @@ def figures_of(
     }
 
 
+def learning_curve(folder: Path) -> list[dict[str, Any]]:
+    """How a drafter's drafts became better in the run in `folder`: accepted tokens a draft, by drafted positions.
+
+    They are those of the step's own texts, before it learns from them: in the first epoch, texts never seen.
+    """
+    config = RunConfig.from_file(folder / "run.json")
+    trainee = open_trainee(config)
+    loader = Loader(rows_of_run(config, trainee), rows_per_step=config.batch_size, seed=config.seed)
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    num_rows, last = loader.facts()["num_rows"], lines[-1]["step"]
+    positions, made, found = 0, 0, []
+    for line in lines:
+        for step in range(made, line["step"]):
+            torch.manual_seed(step)  # which positions are drafted is drawn; how many depends on that hardly at all
+            prepared = trainee.model.prepare(loader.step(step), Progress(step, last))
+            positions += trainee.model.count(prepared)["token"]
+        made = line["step"]
+        figures = {name.removeprefix("train/drafts/"): line[name] for name in line if name.startswith("train/drafts/")}
+        epochs = made * config.batch_size / num_rows
+        found.append(
+            {"step": made, "epochs": epochs, "positions": positions, "loss": line["train/loss/total"], **figures}
+        )
+    return found
+
+
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
     """A line for each domain and path."""
     for domain, paths in found.items():
@@ -189,6 +219,7 @@ def main() -> int:
     for domain in DOMAINS:
         parser.add_argument(f"--{domain}", type=int, default=0, help=f"prompts of {domain}-prompts")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--run", help="the run's folder, for OUT/curve.json: how drafts became better as it learned")
     parser.add_argument("--out", default=str(HERE / "results" / "drafting"))
     options = parser.parse_args()
     out = Path(options.out)
@@ -215,6 +246,8 @@ def main() -> int:
             "paths": found,
         },
     )
+    if options.run is not None:
+        write_json(out / "curve.json", learning_curve(Path(options.run)))
     show(found)
     others = [each for paths in found.values() for figures in paths.values() for each in figures["others"]]
     return int(any("DIFFERENT" in each for each in others))
