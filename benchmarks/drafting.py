@@ -138,15 +138,23 @@ def answer_all(opened: Opened, prompts: Sequence[DomainPrompt], out: Path, *, ma
 def summary(
     answers: Mapping[tuple[str, str], Answer], prompts: Sequence[DomainPrompt], opened: Opened
 ) -> dict[str, dict[str, Any]]:
-    """By domain, and all together, and by path."""
+    """By domain, and chat without answers that repeat themselves, and all together; and by path."""
     names = list(dict.fromkeys(path for _, path in answers))
     encoded = {prompt.name: prompt.encode(opened.tokenizer) for prompt in prompts}
-    found: dict[str, dict[str, Any]] = {}
-    for domain in (*DOMAINS, "all"):
-        chosen = [prompt.name for prompt in prompts if domain in (prompt.domain, "all")]
-        if chosen:
-            found[domain] = {name: figures_of(answers, chosen, name, opened.backbone, encoded) for name in names}
-    return found
+    groups = {domain: [prompt.name for prompt in prompts if prompt.domain == domain] for domain in DOMAINS}
+    groups["chat, nothing repeated"] = [name for name in groups["chat"] if not repeats(answers[name, PLAIN].tokens)]
+    groups["all"] = [prompt.name for prompt in prompts]
+    return {
+        group: {name: figures_of(answers, chosen, name, opened.backbone, encoded) for name in names}
+        for group, chosen in groups.items()
+        if chosen
+    }
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Whether any four tokens in a row come twice."""
+    grams = [tuple(tokens[place : place + 4]) for place in range(len(tokens) - 3)]
+    return len(set(grams)) < len(grams)
 
 
 def figures_of(
@@ -209,7 +217,7 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
         for path, figures in paths.items():
             shown = "  ".join(f"{name} {figures[name]:.3g}" for name in SHOWN if figures[name] is not None)
             speed = f"{figures['ms_per_token']:.1f} ms/token, {figures['speedup']['median']:.2f}x plain"
-            print(f"{domain:10} {path:17} {speed}, {figures['num_equal']} of {figures['num_answers']} equal  {shown}")
+            print(f"{domain:22} {path:8} {speed}, {figures['num_equal']} of {figures['num_answers']} equal  {shown}")
 
 
 def main() -> int:
