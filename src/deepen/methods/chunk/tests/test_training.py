@@ -181,7 +181,7 @@ class TestWhatTheBoundaryHeadLearns:
         targets = torch.tensor([[True, True, True], [True, True, False]])
         theirs = torch.eye(5)[[0, 1, 2, 3, 4]]
         ours = torch.eye(5)[[0, 4, 2, 3, 4]]  # the second of the first draft is wrong
-        judged = training_exact._judged(ours, theirs, targets)
+        judged = training_exact._judged(ours, theirs, ours.argmax(dim=-1) == theirs.argmax(dim=-1), targets)
         assert judged.agrees.tolist() == [[True, False, True], [True, True, False]]
         assert judged.accepted.tolist() == [[True, False, False], [True, True, False]]
         found = {name: (float(mean.total), float(mean.count)) for name, mean in judged.metrics(6).items()}
