@@ -4,16 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepen.data.batches import batch_of, document_rows, token_ids
+from deepen.data.batches import batch_of, batches_of, document_rows, token_ids
 from deepen.data.tokenizer import BOS_ID, EOS_ID, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 texts = st.lists(st.text(min_size=1, max_size=40), max_size=6)
-
-
-def rows_of(batch):
-    ids, lengths = batch.input_ids.tolist(), batch.lengths.tolist()
-    return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
 
 class TestTokenIds:
@@ -59,8 +54,17 @@ class TestBatchOf:
     @given(st.lists(st.lists(st.integers(0, 259), min_size=1, max_size=9), min_size=1, max_size=5))
     def test_rows_come_back_and_pads_are_told_by_lengths(self, rows):
         batch = batch_of(rows)
-        assert rows_of(batch) == rows
+        assert batch.unpadded() == rows
         assert batch.input_ids.shape == (len(rows), max(map(len, rows)))
         assert batch.input_ids.dtype == batch.lengths.dtype == torch.long
         behind = torch.arange(batch.input_ids.shape[1]) >= batch.lengths[:, None]
         assert not batch.input_ids[behind].any()
+
+
+class TestBatchesOf:
+    @given(st.lists(st.lists(st.integers(0, 259), min_size=1, max_size=9), max_size=7), st.integers(1, 4))
+    def test_rows_come_in_their_order_so_many_at_a_time(self, rows, size):
+        batches = batches_of(iter(rows), size=size)
+        assert [row for batch in batches for row in batch.unpadded()] == rows
+        assert all(len(batch.lengths) == size for batch in batches[:-1])
+        assert all(1 <= len(batch.lengths) <= size for batch in batches)

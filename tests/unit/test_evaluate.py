@@ -383,6 +383,17 @@ class TestStages:
         assert len(done) == 1 and results["data"]["first_scored_token"] == 5
         assert results["documents"][0]["num_tokens"] == done[0] - 5
 
+    @pytest.mark.parametrize("commit_mode", ["exact", "refined"])
+    def test_documents_that_are_read_together_have_the_scores_that_they_have_alone(self, stage, tmp_path, commit_mode):
+        folder = grafted_chunk(tmp_path, "tiny:llama", commit_mode=commit_mode)
+        of_adapter = replace(stage, model=str(folder), stage="after_surgery", max_tokens=240, max_new_tokens=0)
+        done = []
+        alone, _ = run_stage(of_adapter)
+        together, _ = run_stage(replace(of_adapter, batch_size=2), advance=done.append)
+        assert len(alone["documents"]) > 2 and len(done) < len(alone["documents"])
+        for one, other in zip(alone["documents"], together["documents"], strict=True):
+            assert {**other, "nll": pytest.approx(one["nll"], rel=1e-5)} == one
+
     def test_a_method_may_promise_the_base(self, stage, tmp_path):
         folder = grafted_chunk(tmp_path, "tiny:llama")
         results, _ = run_stage(replace(stage, model=str(folder), stage="after_surgery", max_tokens=60))
@@ -411,6 +422,7 @@ class TestStages:
             ({"first_scored": 0}, "first_scored must be 1 or more, not 0"),
             ({"first_scored": 120}, "max_tokens must be above 120, where scoring starts"),
             ({"max_samples": 0}, "max_samples must be 1 or more"),
+            ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
             ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
             ({"speed": True}, "speed times answers, and max_new_tokens 0 asks for none"),
             ({"rounds": 0}, "rounds must be 1 or more"),

@@ -39,6 +39,9 @@ class Options:
     max_samples: OptionalInteger = None
     """Documents to read, at most."""
 
+    batch_size: int = 1
+    """Documents to read together: more are sooner on an accelerator, and change scores by rounding."""
+
     first_scored: int = 32
     """The first token of a document to score, from 0; those before it are read."""
 

