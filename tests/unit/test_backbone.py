@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from deepen.backbones import tiny
-from deepen.backbones.cache import PrefixCache
+from deepen.backbones.cache import PassWindow, PrefixCache, write_at_once
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
 from deepen.generate.loop import complete
@@ -224,6 +224,21 @@ def test_after_any_commit_the_cache_equals_a_fresh_prefill(name: str, width: int
 
 
 @torch.no_grad()
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=4), st.booleans())
+def test_what_one_kernel_writes_is_what_is_written_row_by_row(
+    rows: list[tuple[int, int]], has_an_idle_row: bool
+) -> None:
+    rows = [*rows, (3, 0)] if has_an_idle_row else rows
+    offsets, widths = zip(*rows, strict=True)
+    window = PassWindow(offsets, widths)
+    states = torch.randn(len(rows), 2, window.width, 3)
+    one_by_one, at_once = torch.zeros(2, len(rows), 2, 16, 3)
+    for row, (offset, width) in enumerate(rows):
+        one_by_one[row, :, offset : offset + width] = states[row, :, :width]
+    write_at_once(at_once, states, window)
+    assert torch.equal(at_once, one_by_one)
+
+
 def test_a_pass_that_is_not_committed_leaves_no_trace() -> None:
     backbone = attach("llama", packed=True)
     prompt = ids(1, 7)

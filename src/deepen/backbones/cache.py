@@ -15,7 +15,7 @@ not at all (`whole`) keeps no such record; to keep a part of it after all, go ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, NoReturn
 from weakref import WeakSet
 
@@ -59,6 +59,20 @@ class PassWindow:
     def num_keys(self) -> int:
         """Entries a layer hands to attention: enough for every row, in whole blocks."""
         return round_up(max(1, *map(sum, zip(self.offsets, self.widths, strict=True))), KEY_BLOCK)
+
+
+def write_at_once(store: Tensor, states: Tensor, window: PassWindow) -> None:
+    """Put the tokens `[B, N, W, E]` of a pass into `[B, N, capacity, E]` by one kernel, however rows differ."""
+    rows, places, steps = _places(window, store.device)
+    store[rows, :, places] = states[rows, :, steps]
+
+
+@lru_cache(maxsize=1)  # all layers of a pass ask for the same
+def _places(window: PassWindow, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`[n]` each: row, place in the store and step in the pass of every token that the rows bring."""
+    rows = torch.arange(len(window.widths)).repeat_interleave(torch.tensor(window.widths))
+    steps = torch.cat([torch.arange(width) for width in window.widths])
+    return rows.to(device), (torch.tensor(window.offsets)[rows] + steps).to(device), steps.to(device)
 
 
 class RecurrentPrefix(NamedTuple):
@@ -152,6 +166,9 @@ class AttentionStore(CacheLayerMixin):
             store[:, :, first : first + window.width] = states[:, :, : window.width]
             return
         # A row's pads are not written: behind a long row there may be no room for them.
+        if store.device.type != "cpu":
+            write_at_once(store, states, window)
+            return
         for row, (offset, width) in enumerate(zip(window.offsets, window.widths, strict=True)):
             store[row, :, offset : offset + width] = states[row, :, :width]
 

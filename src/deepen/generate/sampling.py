@@ -101,13 +101,13 @@ class BatchSampler:
         included. Raises `DeepenError` where logits have no finite maximum.
         """
         config = self.configs[row]
-        _require_maximum(logits)
         if config.greedy and config.repetition_penalty == 1.0:
-            return _ids(logits.argmax(dim=-1))
+            return _best_ids(logits)
+        _require_maximum(logits)
         scores = processed_scores(logits, history, drafted, config)
         if config.greedy:
-            return _ids(scores.argmax(dim=-1))
-        return _ids(_draw(scores, config, first_position=len(history)))
+            return _best_ids(scores)
+        return [int(token) for token in _draw(scores, config, first_position=len(history)).tolist()]
 
     def margins(
         self,
@@ -172,14 +172,22 @@ def filtered_scores(scores: Float[Tensor, "V"], config: SamplingConfig) -> Float
 
 def _require_maximum(logits: Tensor) -> None:
     if not logits.amax(dim=-1).isfinite().all():
-        raise DeepenError(
-            f"the model's logits are NaN or infinite (in {logits.dtype}): its weights are damaged, or it overflows in "
-            "a precision lower than it was made for; load it with dtype float32"
-        )
+        raise _no_maximum(logits.dtype)
 
 
-def _ids(tokens: Tensor) -> list[int]:
-    return [int(token) for token in tokens.tolist()]
+def _best_ids(scores: Tensor) -> list[int]:
+    """The best token at each position; with the check for a finite maximum in one transfer, as each is waited for."""
+    best, is_finite = torch.stack([scores.argmax(dim=-1), scores.amax(dim=-1).isfinite().long()]).tolist()
+    if not all(is_finite):
+        raise _no_maximum(scores.dtype)
+    return [int(token) for token in best]
+
+
+def _no_maximum(dtype: torch.dtype) -> DeepenError:
+    return DeepenError(
+        f"the model's logits are NaN or infinite (in {dtype}): its weights are damaged, or it overflows in "
+        "a precision lower than it was made for; load it with dtype float32"
+    )
 
 
 def _penalized(scores: Tensor, history: Sequence[int], drafted: Sequence[int], penalty: float) -> Tensor:

@@ -62,16 +62,17 @@ class ScoreSheet:
         self.score.scored[row, span] = True
 
 
-def log_probs_of(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """Log-probability of each of `ids` under its row of `logits` `[n, V]`: `[n]`, in fp32 at least."""
+def log_probs_of(logits: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities `[n, m]`, in fp32 at least, of the m ids asked of each row of `logits` `[n, V]`."""
     wide = logits.to(_wide(logits.dtype)).log_softmax(dim=-1)
-    return wide.gather(1, torch.tensor(ids, dtype=torch.int64, device=logits.device)[:, None])[:, 0]
+    asked = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+    return wide.gather(1, asked.view(len(ids), len(ids[0]) if ids else 0))
 
 
 def _of_targets(logits: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under its logits `[n, V]`, and whether it was the argmax; on the CPU."""
     ids = torch.tensor(targets, device=logits.device)
-    return log_probs_of(logits, targets).cpu(), (logits.argmax(dim=-1) == ids).cpu()
+    return log_probs_of(logits, [(target,) for target in targets])[:, 0].cpu(), (logits.argmax(dim=-1) == ids).cpu()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

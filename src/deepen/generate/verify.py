@@ -105,6 +105,7 @@ def judge(decoding: Decoding, drafts: Sequence[Draft], logits: Tensor, sampler: 
     Logits behind a row's draft are not looked at, so a pass may go on to other positions there.
     """
     advances = []
+    logits = logits.cpu()  # one transfer a pass instead of one a row
     for row, draft in enumerate(drafts):
         emitted = sampler.choose(row, logits[row, : 1 + len(draft.tokens)], decoding.rows[row], draft.tokens)
         accepted = agreement(draft.tokens, emitted)

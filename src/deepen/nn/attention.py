@@ -35,7 +35,9 @@ class Visibility:
     ) -> None:
         """`num_keys` is S, a multiple of KEY_BLOCK that covers every real position of the pass."""
         self.offsets, self.width, self.num_keys = tuple(offsets), width, num_keys
-        self.sections = list(_sections(offsets, width, num_keys, device, dtype))
+        # Elsewhere than on a CPU cuts don't give equal bits, and each would be as many kernels as the whole.
+        divided = _sections if device.type == "cpu" else undivided
+        self.sections = list(divided(offsets, width, num_keys, device, dtype))
         self.used = False
         """Whether any attention has asked for it: a model whose attention did not would see its own future."""
 
@@ -76,6 +78,14 @@ def _sections(
             last_seen = torch.tensor([range(o + start, o + end) for o in offsets[first:stop]], device=device)
             yield Section(slice(first, stop), slice(start, end), seen, last_seen, dtype=dtype)
         first = stop
+
+
+def undivided(
+    offsets: Sequence[int], width: int, num_keys: int, device: torch.device, dtype: torch.dtype
+) -> list[Section]:
+    """All rows and positions as one section, which reads all entries."""
+    last_seen = torch.tensor(offsets, device=device)[:, None] + torch.arange(width, device=device)
+    return [Section(slice(0, len(offsets)), slice(0, width), num_keys, last_seen, dtype=dtype)]
 
 
 def _cuts(offset: int, width: int, num_keys: int) -> tuple[tuple[int, int, int], ...]:

@@ -157,6 +157,7 @@ class RefinedDecoder:
             logits = self.backbone.run(ids, decoding.cache, widths=widths, keep="last", whole=True)
             decoding.cache.commit(widths)
             spent.add(widths)
+            logits = logits.cpu()  # one transfer a pass instead of one a row
             for row in _where(open_rows):
                 token = self._choose(decoding, sampler, row, logits[row], drafts[row])[0]
                 drafts[row].append(token)
@@ -229,7 +230,7 @@ class RefinedDecoder:
         """What one pass says of one row's chunk: edits, and whether and where it ends."""
         logits = result.logits[row, : len(chunk.tokens) - 1]
         chosen = self._choose(decoding, sampler, row, logits, chunk.tokens[:1], chunk.tokens[1:])
-        old, new = (log_probs_of(logits, ids).exp().tolist() for ids in (chunk.tokens[1:], chosen))
+        old, new = log_probs_of(logits, [*zip(chunk.tokens[1:], chosen, strict=True)]).exp().T.tolist() or ([], [])
         chunk.edit(chosen, old, new, rate=self.config.corruption_rate)
         chunk.p_commit = float(result.p_commit[row])
         chunk.length = int(result.length[row].argmax())
@@ -297,7 +298,7 @@ class RefinedDecoder:
         totals = []
         for row, version in enumerate(versions):
             behind = torch.cat([_next_logits(decoding, row), logits[row, : max(0, len(version) - 1)]])[: len(version)]
-            totals.append(float(log_probs_of(behind, version).sum()))
+            totals.append(float(log_probs_of(behind, [(token,) for token in version]).sum()))
         return totals
 
 

@@ -282,7 +282,7 @@ class _Step:
         total = passes[0].result.logits.new_zeros(())
         for before, now in pairwise(passes):
             right = _is_right(before.tokens, behind.chunks) & _is_right(now.tokens, behind.chunks)
-            counted = (right[:, :-1] & behind.chunks.targets[:, 1:]).to(total.device)
+            counted = (right[:, :-1] & behind.chunks.targets[:, 1:].cpu()).to(total.device)
             total = total + losses.divergence_between(before.logits(counted), now.logits(counted), counted)
         return total / max(1, len(passes) - 1)
 
@@ -290,7 +290,7 @@ class _Step:
         """Cross entropy of corrupted tokens over K passes, and how many were right."""
         chunks, config, device = behind.chunks, self._config, self._backbone.device
         times, kinds, random_ids = self._corruption(chunks)
-        drafted = _padded_ids(own, chunks)
+        drafted = _padded_ids(own, chunks).to(chunks.ids.device)
         sidecar = self._sidecar
         states: States = {}
         edge = None
