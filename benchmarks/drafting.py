@@ -49,14 +49,14 @@ PATHS: Mapping[str, Mapping[str, Any]] = {
 SHOWN = ("num_tokens", "tokens_per_pass", "acceptance", "distinct_1", "distinct_2", "repetition")
 
 
-def decoders(opened: Opened) -> dict[str, Decoder]:
-    """Of all paths, on one packed base."""
+def decoders(opened: Opened, paths: Sequence[str]) -> dict[str, Decoder]:
+    """Of plain decoding and these paths, on one packed base."""
     model, backbone = opened.model, opened.backbone
     assert model is not None, "an adapter was given"
     backbone.pack()
     found: dict[str, Decoder] = {PLAIN: PlainDecoder(backbone)}
-    for name, fields in PATHS.items():
-        config = replace(model.config, **fields)
+    for name in paths:
+        config = replace(model.config, **PATHS[name])
         config = replace(config, chunk_width=min(config.chunk_width, config.max_chunk_len))
         path = type(model).build(config, backbone, backbone.vocab_size)
         path.load_saved_state(model.saved_state())
@@ -107,9 +107,11 @@ def in_turn(prompts: Sequence[DomainPrompt], names: Sequence[str]) -> Iterator[t
             yield prompt, name
 
 
-def answer_all(opened: Opened, prompts: Sequence[DomainPrompt], out: Path, *, max_new_tokens: int) -> None:
+def answer_all(
+    opened: Opened, prompts: Sequence[DomainPrompt], out: Path, *, paths: Sequence[str], max_new_tokens: int
+) -> None:
     """Answer what isn't answered yet."""
-    of_path, done = decoders(opened), answers_in(out)
+    of_path, done = decoders(opened, paths), answers_in(out)
     stop = StopConfig(max_new_tokens=max_new_tokens, eos_ids=opened.backbone.eos_ids)
     plain = PlainDecoder(opened.backbone)
     waiting = [pair for pair in in_turn(prompts, list(of_path)) if (pair[0].name, pair[1]) not in done]
@@ -226,6 +228,7 @@ def main() -> int:
     parser.add_argument("adapter")
     for domain in DOMAINS:
         parser.add_argument(f"--{domain}", type=int, default=0, help=f"prompts of {domain}-prompts")
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="beside plain decoding")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--run", help="the run's folder, for OUT/curve.json: how drafts became better as it learned")
     parser.add_argument("--out", default=str(HERE / "results" / "drafting"))
@@ -241,8 +244,9 @@ def main() -> int:
         for prompt in held_out_prompts(f"{domain}-prompts", domain=domain, count=count)  # type: ignore[arg-type]
     ]
     claim(out, opened, max_new_tokens=options.max_new_tokens)
-    answer_all(opened, prompts, out / "answers.jsonl", max_new_tokens=options.max_new_tokens)
-    found = summary(answers_in(out / "answers.jsonl"), prompts, opened)
+    answers = out / "answers.jsonl"
+    answer_all(opened, prompts, answers, paths=options.paths, max_new_tokens=options.max_new_tokens)
+    found = summary(answers_in(answers), prompts, opened)
     write_json(
         out / "summary.json",
         {

@@ -1,6 +1,6 @@
 """Whether refining chunks pays on a pretrained base: sidecars beside LoRA alone, at equal steps and equal FLOPs.
 
-    PYTHONPATH=src python benchmarks/refinement.py wiki-1m --jobs 2
+    PYTHONPATH=src python benchmarks/refinement.py python-1m --jobs 2
 
 Arms, whose run files are in benchmarks/refinement/BASE/:
 
@@ -38,6 +38,7 @@ TUNED = RECURSIVE, CONTROL
 RATES = (3e-4, 1e-3, 3e-3)
 SWEEP_SEED, SWEEP_STEPS, SWEEP_TOKENS = 100, 40, 6000
 SEEDS = (0, 1, 2)
+MAX_LENGTH = 256
 OTHER_SHAPES: Mapping[str, Mapping[str, int]] = {
     "width 64": {"chunk_width": 64},
     "width 96": {"chunk_width": 96},
@@ -63,7 +64,12 @@ class Places:
     @property
     def flags(self) -> list[str]:
         """Of every evaluation on test documents."""
-        return ["--max-tokens", str(self.test_tokens), "--batch-size", str(self.batch_size)]
+        return ["--max-tokens", str(self.test_tokens), *self.reading]
+
+    @property
+    def reading(self) -> list[str]:
+        """How documents are read: as far as in training, which leaves room for a draft behind them."""
+        return ["--max-length", str(MAX_LENGTH), "--batch-size", str(self.batch_size)]
 
     def results(self, name: str, stage: str) -> Path:
         """Of one evaluation."""
@@ -127,7 +133,7 @@ def best_rates(places: Places, pool: ThreadPoolExecutor) -> dict[str, float]:
         name = f"sweep-{arm}-{rate:g}"
         budget = {"num_steps": SWEEP_STEPS, "save_interval": None}
         flags = ["--split", "validation", "--max-tokens", str(SWEEP_TOKENS), "--max-new-tokens", "0"]
-        flags += ["--batch-size", str(places.batch_size)]
+        flags += places.reading
         if not places.results(name, stage_of(arm)).exists():
             checkpoint = trained(places, arm, rate=rate, seed=SWEEP_SEED, budget=budget, name=name)
             scored(places, str(checkpoint), stage_of(arm), name=name, flags=flags)
