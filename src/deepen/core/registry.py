@@ -24,6 +24,10 @@ class Method:
 
     `config` and `model` are "module:Class" and `presets` is a folder of JSON files, relative to the method's
     package; `config_file` and `weights_file` are the names of its files in a saved folder.
+
+    A method may bring a model of its own instead of standing on a base. `architecture` is then that model's
+    `model_type`, as its config.json has it; loading the method's model type makes it known to transformers. Its
+    configuration is the model's, and what is saved is the model, as a folder of transformers'.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Method:
     config_file: str = "method_config.json"
     weights_file: str = "weights.safetensors"
     presets: str = "presets"
+    architecture: str | None = None
 
     def load_config_type(self) -> type[Any]:
         """The configuration's class, which has `Config`'s members."""
@@ -97,6 +102,11 @@ def get(name: str) -> Method:
     if name not in methods:
         raise AddressError(f'there is no method "{name}"{did_you_mean(name, methods)}')
     return methods[name]
+
+
+def method_of_architecture(model_type: str) -> Method | None:
+    """The method whose own models have this `model_type`; None if it is of no method."""
+    return next((method for method in discover().values() if method.architecture == model_type), None)
 
 
 def _load_method(name: str, folder: Path) -> Method:
