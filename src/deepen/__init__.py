@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from deepen.methods.chunk.loading import load_checkpoint as load_checkpoint
     from deepen.methods.chunk.loading import load_model_with_config as load_model_with_config
     from deepen.methods.chunk.model import ChunkRefineWrapper as ChunkRefineWrapper
+    from deepen.methods.mor.config import MoRConfig as MoRConfig
+    from deepen.methods.mor.model import MoRForCausalLM as MoRForCausalLM
     from deepen.metrics.tracker import MetricsTracker as MetricsTracker
 
 __version__ = "0.1.0"
@@ -30,6 +32,8 @@ _HOME_OF = {
     "load_checkpoint": "deepen.methods.chunk.loading",
     "load_model_with_config": "deepen.methods.chunk.loading",
     "ChunkRefineWrapper": "deepen.methods.chunk.model",
+    "MoRConfig": "deepen.methods.mor.config",
+    "MoRForCausalLM": "deepen.methods.mor.model",
     "MetricsTracker": "deepen.metrics.tracker",
 }
 

@@ -163,12 +163,24 @@ def open_model(
     if is_adapter(address):
         return _Adapter(Path(address).expanduser(), overrides or {}).open_on(load_at, base, pack=pack)
     _refuse_headless(Path(address).expanduser())
-    if overrides or base is not None:
-        given = _settings(overrides) if overrides else f"base {base}"
-        raise ConfigError(f"{address} is a plain model, which has no use for {given}: that is for adapter folders")
+    if base is not None:
+        raise ConfigError(f"{address} is a plain model, which has no use for base {base}: that is for adapter folders")
     loaded = load_at(address)
     backbone = _attached(loaded, pack=pack)
+    if backbone.own_method is not None:
+        return _opened_own(loaded, backbone, backbone.own_method, overrides or {})
+    if overrides:
+        raise ConfigError(
+            f"{address} is a plain model, which has no use for {_settings(overrides)}: that is for adapter folders"
+        )
     return Opened(PlainDecoder(backbone), backbone, loaded.tokenizer, loaded.identity)
+
+
+def _opened_own(loaded: Loaded, backbone: Backbone, method: Method, overrides: Mapping[str, Any]) -> Opened:
+    """A model that its method brings, and that is nothing without it."""
+    config = with_overrides(backbone.model.config, overrides, source=loaded.identity.address)
+    model = method.load_model_type().build(config, backbone, backbone.vocab_size).eval()
+    return Opened(model, backbone, loaded.tokenizer, loaded.identity, method, model)
 
 
 def open_shape(address: str) -> Opened:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deepen.backbones.architectures import method_of_model
 from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Asked, Walk
 from deepen.backbones.attention import PassPlaces, at_places, attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
@@ -23,6 +24,7 @@ from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.backbones.recurrence import delta_forwards, recurrence_of_pass
 from deepen.core.errors import PromptError, UnsupportedBackbone
+from deepen.core.registry import Method
 from deepen.nn.attention import QUERY_BLOCK, Visibility, round_up
 from deepen.nn.linear import PackedForward, Packing, pack_linears
 
@@ -89,8 +91,13 @@ class Backbone:
         return cls(model, _find_points(model))
 
     @property
+    def own_method(self) -> Method | None:
+        """The method that this model belongs to, and that alone can run it; None for a model that methods stand on."""
+        return method_of_model(self.config.model_type)
+
+    @property
     def num_layers(self) -> int:
-        """Layers of the full depth."""
+        """Layers with weights of their own."""
         return len(self.layers)
 
     @property
@@ -171,6 +178,11 @@ class Backbone:
             raise PromptError(
                 f"{capacity} tokens (prompt and new ones) exceed this model's context of {self.context_length}; "
                 "shorten the prompt or lower max_new_tokens"
+            )
+        if (method := self.own_method) is not None:
+            raise UnsupportedBackbone(
+                f"a {type(self.model).__name__} is run by the method {method.name}, whose caches are its own; passes "
+                "over a committed prefix are for models that run every layer once"
             )
         self._recheck()
         return PrefixCache(self.config, batch_size=batch_size, capacity=capacity)
@@ -371,7 +383,8 @@ def _refuse_changing_rotation(model: PreTrainedModel) -> None:
 def _find_points(model: PreTrainedModel) -> AttachPoints:
     decoder = model.get_decoder()
     config = model.config.get_text_config(decoder=True)
-    depth = getattr(config, "num_hidden_layers", None)
+    # A model that uses layers more than once says how many it has.
+    depth = getattr(config, "num_unique_layers", getattr(config, "num_hidden_layers", None))
     stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
     norms = [m for m in decoder.children() if "norm" in type(m).__name__.lower()]
     found = {

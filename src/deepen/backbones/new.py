@@ -15,11 +15,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from deepen.backbones.architectures import method_of_model
 from deepen.backbones.hf import Backbone
 from deepen.backbones.quiet import no_deprecations
 from deepen.core.errors import ConfigError
 from deepen.core.files import read_json
 from deepen.core.hints import did_you_mean
+from deepen.core.registry import discover
 from deepen.data.formats import Text, Tokens, document_of
 from deepen.data.split import records_of
 from deepen.data.tokenizer import byte_tokenizer, train_bpe
@@ -74,9 +76,13 @@ def new_tokenizer(name: str, *, corpus: str | None = None) -> Any:
 
 
 def config_paths() -> dict[str, Path]:
-    """The shipped configurations by name, sorted."""
+    """The shipped configurations by name, sorted: transformers' architectures, and those that methods bring."""
     folder = Path(str(resources.files("deepen.backbones"))) / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+    paths = {path.stem: path for path in folder.glob("*.json")}
+    for method in discover().values():
+        if method.architecture is not None:
+            paths |= method.preset_paths()
+    return dict(sorted(paths.items()))
 
 
 def read_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -159,6 +165,9 @@ def _config_type(given: Mapping[str, Any]) -> type[PreTrainedConfig]:
     if "model_type" not in given:
         raise ConfigError('model_type is missing: it says the architecture, as in "model_type": "llama"')
     name = given["model_type"]
+    if method_of_model(name) is not None:
+        own: type[PreTrainedConfig] = CONFIG_MAPPING[name]
+        return own
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         nearest = did_you_mean(str(name), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         hint = nearest if "did you mean" in nearest else "; as those of transformers' causal models, llama for one"

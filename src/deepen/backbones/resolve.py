@@ -44,6 +44,7 @@ from transformers import (
 )
 
 from deepen.backbones import kimi_tokenizer, smollm2, tiny
+from deepen.backbones.architectures import method_of_model
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.backbones.quiet import no_deprecations, quiet_transformers
 from deepen.backbones.shapes import is_shape
@@ -345,7 +346,8 @@ def _indexed_files(index: Path) -> list[Path]:
 
 def _load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     file = folder / "config.json"
-    read_json(file, error=CheckpointError)
+    content = read_json(file, error=CheckpointError)
+    method_of_model(content.get("model_type") if isinstance(content, dict) else None)
     try:
         with no_deprecations():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -67,8 +67,8 @@ def open_subject(
         return subject_of(opened.backbone.model, name=address, method=opened.model)
     if base is not None:
         raise ConfigError(f"{address} is a plain model, which has no use for base {base}: that is for adapter folders")
-    loaded = load(address, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return subject_of(loaded.model, name=address)
+    loaded = open_model(address, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return subject_of(loaded.backbone.model, name=address, method=loaded.model)
 
 
 def _refuse_settings(address: str, *, base: str | None, trust_remote_code: bool) -> None:

@@ -122,7 +122,8 @@ def subject_of(
     if method is None and isinstance(model, RecursiveModel):
         method = model
     if method is not None and method.backbone is not None:
-        model, backbone, unattached = method.backbone.model.eval(), method.backbone, ""
+        model = method.backbone.model.eval()
+        backbone, unattached = _usable(method.backbone)
     else:
         backbone, unattached = _attached(model)
     config = getattr(model, "config", None)
@@ -136,7 +137,14 @@ def subject_of(
 
 def _attached(model: nn.Module) -> tuple[Backbone | None, str]:
     try:
-        backbone = Backbone.attach(model)
+        return _usable(Backbone.attach(model))
+    except UnsupportedBackbone as reason:
+        return None, str(reason)
+
+
+def _usable(backbone: Backbone) -> tuple[Backbone | None, str]:
+    """The backbone if passes can run on it, or why not."""
+    try:
         backbone.new_cache(batch_size=1, capacity=1)  # tells whether its kind of cache is known
     except UnsupportedBackbone as reason:
         return None, str(reason)

@@ -14,7 +14,8 @@ from deepen.cli.output import print_facts
 class Options:
     """Make a causal language model with random weights, to train from scratch, and save it as a transformers folder.
 
-    Shipped configurations: llama-1m, llama-5m, nanochat-1m.
+    Shipped configurations: llama-1m, llama-5m, nanochat-1m, and those that methods bring (`deepen methods`), as
+    mor-1m-nr3.
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.json")]
@@ -54,7 +55,9 @@ def run(options: Options) -> int:
     }
     print_facts(facts, title=f"new model in {options.out}")
     data = options.data or "CORPUS"
-    print(f"train it: deepen train RUN.json --model {options.out} --method dense --config full --data {data}")
+    # A model that a method brings is trained by it.
+    method = "--method dense --config full " if backbone.own_method is None else ""
+    print(f"train it: deepen train RUN.json --model {options.out} {method}--data {data}")
     return 0
 
 

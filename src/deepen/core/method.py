@@ -74,6 +74,7 @@ class RecursiveModel(Decoder, Protocol):
     def step_work(self, batch: Batch) -> Work:
         """The matrix products of one `train_step` on this prepared batch, by how many operands get a gradient.
 
+        Where that depends on what a forward decides, what is to be expected: its `StepOutput.work` then tells the rest.
         Pads up to the batch's longest row are counted, since they are computed. Raises as `train_step` does where that
         is not there.
         """

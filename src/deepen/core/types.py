@@ -96,12 +96,14 @@ class StepOutput:
     carry       what the next call gets
     metrics     figures to log
     statistics  tensors that `after_step` gets, summed over the step's micro-batches and ranks
+    work        what the step has cost, where that shows only as it runs; otherwise `step_work` tells
     """
 
     losses: Mapping[str, LossTerm]
     carry: Any = None
     metrics: Mapping[str, Mean] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    work: "Work | None" = None
 
 
 @dataclass(frozen=True)

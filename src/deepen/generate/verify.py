@@ -51,7 +51,7 @@ def open_decoding(backbone: Backbone, prompt: Prompt, *, scratch: int = 0) -> De
 
     Raises `PromptError` for an empty row, an id outside the vocabulary, or more tokens than the context holds.
     """
-    _check_prompt(backbone, prompt)
+    check_prompt(backbone, prompt)
     rows = [list(row) for row in prompt.rows]
     capacity = max(map(len, rows)) + prompt.max_new_tokens + scratch
     cache = backbone.new_cache(batch_size=len(rows), capacity=capacity)
@@ -131,7 +131,7 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
-def _check_prompt(backbone: Backbone, prompt: Prompt) -> None:
+def check_prompt(backbone: Backbone, prompt: Prompt) -> None:
     if not prompt.rows:
         raise PromptError("no prompt: give at least one row of token ids")
     if prompt.max_new_tokens < 0:

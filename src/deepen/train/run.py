@@ -83,8 +83,9 @@ class _Run:
         torch.manual_seed(config.seed)
         self.trainee = open_trainee(config)
         self.trainee.model.train()
-        base = self.trainee.backbone.model
-        base.eval()  # a base's dropout would hide what it knows from what is trained on it
+        base = self.trainee.base
+        if base is not None:
+            base.eval()  # a base's dropout would hide what it knows from what is trained on it
         self.module = StepModule(self.trainee.model, base)
         self.loader = Loader(rows_of_run(config, self.trainee), rows_per_step=config.batch_size, seed=config.seed)
         if isinstance(self.trainee.model, Fitting):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from deepen.backbones.hf import Backbone
 from deepen.backbones.identity import BaseIdentity
 from deepen.checkpoint import is_adapter, open_model, with_overrides
@@ -23,17 +25,22 @@ class Trainee:
     tokenizer: ChatEncoder
     identity: BaseIdentity
 
+    @property
+    def base(self) -> nn.Module | None:
+        """What the method stands on; None where the model is the method's own."""
+        return None if self.method.architecture is not None else self.backbone.model
+
 
 def open_trainee(config: RunConfig) -> Trainee:
     """The adapter that `config.model` names, or a new model of `config.method` over that base."""
     overrides = config.overrides or {}
-    opened = open_model(
-        config.model, device=device_of_rank(), overrides=overrides if is_adapter(config.model) else None
-    )
+    has_method = is_adapter(config.model) or config.method is None
+    opened = open_model(config.model, device=device_of_rank(), overrides=overrides if has_method else None)
     if opened.method is not None:
         if config.method is not None:
+            kind = "an adapter" if opened.method.architecture is None else "a model"
             raise ConfigError(
-                f"{config.model} is an adapter of {opened.method.name}: leave out method and config, which it has"
+                f"{config.model} is {kind} of {opened.method.name}: leave out method and config, which it has"
             )
         return Trainee(opened.method, opened.model, opened.backbone, opened.tokenizer, opened.identity)
     if config.method is None:
