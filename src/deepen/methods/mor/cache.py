@@ -59,7 +59,12 @@ class DepthStore:
         return self._levels[level].layers.get(layer) if level < len(self._levels) else None
 
     def take(
-        self, *, lengths: Tensor, num_columns: int, places: Sequence[Places | None], layers: dict[int, tuple[int, Entries]]
+        self,
+        *,
+        lengths: Tensor,
+        num_columns: int,
+        places: Sequence[Places | None],
+        layers: dict[int, tuple[int, Entries]],
     ) -> None:
         """What a pass makes of it: tokens of each row, columns, and by layer its level and all of its entries.
 

@@ -45,6 +45,8 @@ class MoRConfig(LlamaConfig):
     """
 
     model_type = "mor"
+    # For checkers of annotations: what doesn't fit is for `validate` to tell, and unknown keys are.
+    __no_type_check__ = True
 
     num_recursions: int = 3
     # cycle, sequence, middle_cycle or middle_sequence: see sharing.py.
@@ -66,8 +68,8 @@ class MoRConfig(LlamaConfig):
     gate_alpha: float = 0.1
     # Steps for which training takes the best of a row before it goes by thresholds.
     topk_warmup_steps: int = 0
-    # How far a threshold moves in a step, times kept / entered minus what it should be.
-    threshold_rate: float = 0.01
+    # What part of its way a threshold goes, after each step, to where it would have kept the wanted share.
+    threshold_rate: float = 0.5
     # token_choice: loss adds a balancing term to the loss, bias moves each depth's bias in the choice by bias_rate.
     balancing: str = "loss"
     bias_rate: float = 0.001

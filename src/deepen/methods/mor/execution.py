@@ -106,7 +106,9 @@ class Gathered:
         if level not in self._indices:
             self._indices[level] = self._whole[level].index_in(self._whole[0])
         index = self._indices[level]
-        keys, values = (below.index_copy(0, index, each.to(below.dtype)) for below, each in zip(under, own, strict=True))
+        keys, values = (
+            below.index_copy(0, index, each.to(below.dtype)) for below, each in zip(under, own, strict=True)
+        )
         return keys, values
 
     def _behind_cached(self, level: int, new: Places) -> Places:

@@ -37,7 +37,9 @@ def initial_weights(model: nn.Module, made: nn.Module, initialization: str) -> d
     Raises `ConfigError` for an unknown initialization, and where the two differ in a size.
     """
     if initialization not in INITIALIZATIONS:
-        raise ConfigError(f'there is no initialization "{initialization}"{did_you_mean(initialization, INITIALIZATIONS)}')
+        raise ConfigError(
+            f'there is no initialization "{initialization}"{did_you_mean(initialization, INITIALIZATIONS)}'
+        )
     config: Any = made.config
     _require_same(model.config, config)
     sources = sources_of(config.layout, initialization)

@@ -1,8 +1,8 @@
 """Which keys and values each layer reads and makes, in the three ways that tokens of different depths can share them.
 
-    recursion   of the tokens that run this recursion, as it makes them
-    shared      those that a layer's weights made when they were first used; later uses make none
-    frozen      of every token, those of this recursion, or of the last one that the token ran
+recursion   of the tokens that run this recursion, as it makes them
+shared      those that a layer's weights made when they were first used; later uses make none
+frozen      of every token, those of this recursion, or of the last one that the token ran
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """What routers are trained by, beside the language model's own loss. All are sums over tokens.
 
-    auxiliary   expert_choice: sum over levels of BCE(logit, kept) / number of levels, where a token had entered
-    balance     token_choice: sum over depths of load_i p_i, with load_i = Nr times the share of tokens that chose
-                depth i in the step before
-    z           squared log-sum-exp of router logits, which of one logit is its square
+auxiliary   expert_choice: sum over levels of BCE(logit, kept) / number of levels, where a token had entered
+balance     token_choice: sum over depths of load_i p_i, with load_i = Nr times the share of tokens that chose
+            depth i in the step before
+z           squared log-sum-exp of router logits, which of one logit is its square
 """
 
 import torch

@@ -32,7 +32,7 @@ from .config import MoRConfig
 from .losses import router_terms
 from .metrics import router_figures
 from .model import DepthCache, MoRForCausalLM, Reading
-from .routing import ExpertChoice, TokenChoice
+from .routing import ExpertChoice
 from .work import Prices, expected_multiply_adds, expected_state_bytes, training_work
 
 LEARNING_RATE = 3e-3
@@ -192,17 +192,8 @@ class MixtureOfRecursions(nn.Module):
         return figures
 
     def _statistics(self, reading: Reading) -> dict[str, Tensor]:
-        routed, router = reading.routed, self.base.model.router
-        if isinstance(router, ExpertChoice):
-            return {
-                "entered": torch.stack([level.entered.sum() for level in routed.levels]),
-                "above": torch.stack([level.above.sum() for level in routed.levels]),
-            }
-        if isinstance(router, TokenChoice):
-            assert routed.chosen is not None, "the pass has asked its router"
-            chosen = routed.chosen[reading.run.real]
-            return {"chosen": torch.bincount(chosen, minlength=self.config.num_recursions)}
-        return {}
+        counted: dict[str, Tensor] = self.base.model.router.count(reading.routed, reading.run.real)
+        return counted
 
     def step_work(self, batch: Batch) -> Work:
         """Of a step in which each recursion keeps the share that it is to keep; `train_step` tells what it was."""

@@ -1,11 +1,11 @@
 """Figures of routers, as what was summed and over how many.
 
-    kept_r      share of all tokens that ran recursion r
-    depth       recursions of a token
-    dead        share of tokens that ran the first recursion alone
-    entropy     of a router's decision about a token, in nats
-    load_i      token_choice: share of tokens that chose depth i
-    max_vio     token_choice: largest load over the mean of all, minus 1; of the step before, all ranks together
+kept_r      share of all tokens that ran recursion r
+depth       recursions of a token
+dead        share of tokens that ran the first recursion alone
+entropy     of a router's decision about a token, in nats
+load_i      token_choice: share of tokens that chose depth i
+max_vio     token_choice: largest load over the mean of all, minus 1; of the step before, all ranks together
 """
 
 import torch

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
@@ -35,10 +35,8 @@ from .gates import gated
 from .initialization import initial_weights
 from .keeping import Attended, Keeping
 from .losses import router_terms
-from .routing import Asked, ExpertChoice, Level, Routed, TokenChoice, make_router
+from .routing import INITIAL_SPREAD, Asked, ExpertChoice, Level, Routed, TokenChoice, make_router
 from .work import Ran
-
-_BACKENDS = ("sdpa", "eager")
 
 
 class DepthCache(DepthStore, Cache):
@@ -148,8 +146,7 @@ class RecursiveLayer(LlamaDecoderLayer):
         if not makes_entries:
             return apply_rotary_pos_emb(queries, queries[:, :0], cos, sin)[0], None
         keys, values = (
-            project(normed).unflatten(-1, (-1, attention.head_dim))
-            for project in (attention.k_proj, attention.v_proj)
+            project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
         )
         queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
         return queries, (keys, values)
@@ -194,8 +191,12 @@ class MoRPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        # transformers' functions leave alone what was loaded.
         if isinstance(module, ExpertChoice | TokenChoice):
-            module.reset_buffers()
+            for output in module.outputs:
+                init.normal_(output.weight, std=INITIAL_SPREAD)
+            for name, buffer in module.untrained_buffers().items():
+                init.copy_(getattr(module, name), buffer)
 
 
 class MoRModel(MoRPreTrainedModel):
@@ -337,8 +338,7 @@ class _Walk:
         before = run.index
         entered = run.full(torch.ones_like(answer.kept) if asked.alive is None else asked.alive, before)
         logits, probabilities = (run.full(each, before) for each in (answer.logits, answer.probabilities))
-        kept, above = (run.full(each, before) for each in (answer.kept, answer.above))
-        self.routed.levels.append(Level(logits, probabilities, entered, kept, above))
+        self.routed.levels.append(Level(logits, probabilities, entered, run.full(answer.kept, before)))
         run.narrow(level, answer.kept)
         return run.read(logits), run.read(probabilities)
 
@@ -353,7 +353,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         self.model = MoRModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        _require_known_backend(config)
         self.post_init()
 
     @classmethod
@@ -415,12 +414,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         counted = reading.run.packed(torch.ones_like(labels, dtype=torch.bool))
         terms = router_terms(self.config, self.model.router, reading.routed, counted)
         return loss + sum(weight * total for total, weight in terms.values()) / max(1, int(counted.sum()))
-
-
-def _require_known_backend(config: MoRConfig) -> None:
-    name = config._attn_implementation
-    if name not in _BACKENDS:
-        raise ConfigError(f'attn_implementation is "{name}"; tokens of different depths are read by sdpa or eager')
 
 
 def _depth_cache(given: Any, *, use_cache: bool) -> DepthCache | None:

@@ -1,7 +1,9 @@
 """Which tokens run which recursions, decided by routers in fp32 at least.
 
-A router reads a token's state divided by its root mean square, so that its logits don't grow with the state. What is
-decided about a token depends on that token alone, unless `TopK` decides, which is for training.
+    logits = W x / sqrt(D)        x: a token's state divided by its root mean square
+
+So logits don't grow with the state, and a step of Adam moves them by much less than they are apart: a threshold can
+follow. What is decided about a token depends on that token alone, unless the best of a row are taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,14 @@ from .config import MoRConfig
 
 _EPSILON = 1e-6
 
+INITIAL_SPREAD = 0.5
+"""Standard deviation of an untrained router's weights, and so about that of its logits."""
+
+# Logits are counted in so many bins of equal width between these bounds; those beyond are counted in the outermost.
+BINS = 4096
+_LOWEST, _HIGHEST = -16.0, 16.0
+_BIN_WIDTH = (_HIGHEST - _LOWEST) / BINS
+
 
 @dataclass(frozen=True, eq=False)
 class Level:
@@ -29,8 +39,6 @@ class Level:
     probabilities: Float[Tensor, "M"]
     entered: Bool[Tensor, "M"]
     kept: Bool[Tensor, "M"]
-    above: Bool[Tensor, "M"]
-    """Of those that entered, whether the threshold would have kept them."""
 
 
 @dataclass(eq=False)
@@ -68,12 +76,11 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """For the same m tokens: logit and probability of being kept, who is, and who is by the threshold."""
+    """For the same m tokens: logit and probability of being kept, and who is."""
 
     logits: Float[Tensor, "m"]
     probabilities: Float[Tensor, "m"]
     kept: Bool[Tensor, "m"]
-    above: Bool[Tensor, "m"]
 
 
 class ExpertChoice(nn.Module):
@@ -83,16 +90,18 @@ class ExpertChoice(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(nn.Linear(hidden_size, 1, bias=False) for _ in wanted_shares[1:])
         self._wanted = tuple(wanted_shares)
-        self.register_buffer("thresholds", torch.zeros(len(self.levels), dtype=torch.float32))
+        self.register_buffer("thresholds", self.untrained_buffers()["thresholds"])
         self.thresholds: Tensor
-        self.reset_buffers()
 
-    def reset_buffers(self) -> None:
-        """Thresholds at 0; where all are wanted, nothing is to be reached."""
-        self.thresholds.zero_()
-        for place, ratio in enumerate(self._ratios()):
-            if ratio >= 1:
-                self.thresholds[place] = -torch.inf
+    def untrained_buffers(self) -> dict[str, Tensor]:
+        """Thresholds that half of all tokens reach before training; where all are wanted, nothing is to be reached."""
+        starts = [-torch.inf if ratio >= 1 else 0.0 for ratio in self._ratios()]
+        return {"thresholds": torch.tensor(starts, dtype=torch.float32)}
+
+    @property
+    def outputs(self) -> tuple[nn.Linear, ...]:
+        """What gives logits."""
+        return tuple(each for each in self.levels if isinstance(each, nn.Linear))
 
     def _ratios(self) -> list[float]:
         """Of those that enter each recursion after the first, the share that is to be kept."""
@@ -104,23 +113,28 @@ class ExpertChoice(nn.Module):
     def decide(self, asked: Asked, routed: Routed, *, topk: bool) -> Answer:
         """Who goes on. With `topk`, of each row the best, as many as its share of the row's tokens is."""
         weight = self.levels[asked.level - 1].weight
-        logits = _linear(_normed(asked.hidden), weight)[:, 0]
-        above = logits >= self.thresholds[asked.level - 1].to(logits.dtype)
-        if asked.alive is not None:
-            above = above & asked.alive
-        kept = above if not topk else _best_of_rows(logits, asked, share=self._wanted[asked.level])
-        return Answer(logits, logits.sigmoid(), kept, above)
+        logits = _logits(_normed(asked.hidden), weight)[:, 0]
+        if topk:
+            kept = _best_of_rows(logits, asked, share=self._wanted[asked.level])
+        else:
+            kept = logits >= self.thresholds[asked.level - 1].to(logits.dtype)
+        return Answer(logits, logits.sigmoid(), kept if asked.alive is None else kept & asked.alive)
+
+    @torch.no_grad()
+    def count(self, routed: Routed, real: Bool[Tensor, "M"]) -> dict[str, Tensor]:
+        """`logits` `[Nr - 1, BINS]`: at each level, how many of those asked had a logit in each bin."""
+        return {"logits": torch.stack([_histogram(level.logits[level.entered]) for level in routed.levels])}
 
     @torch.no_grad()
     def move(self, statistics: Mapping[str, Tensor], *, rate: float) -> None:
-        """Each threshold by `rate` times how much larger a share of those that entered reached it than is wanted.
+        """Each threshold by `rate` of its way to the logit that the wanted share of a step's tokens reached.
 
-        `statistics` has `entered` and `above` `[Nr - 1]`, counted over a step; a level that nobody entered stays.
+        `statistics` is `count` summed over the step; a level about which nobody was asked stays.
         """
-        entered, above = (statistics[name].double().cpu() for name in ("entered", "above"))
-        wanted = torch.tensor(self._ratios(), dtype=torch.float64)
-        excess = torch.where(entered > 0, above / entered.clamp(min=1) - wanted, 0.0)
-        self.thresholds.add_((rate * excess).to(self.thresholds))
+        for level, (counts, ratio) in enumerate(zip(statistics["logits"].double().cpu(), self._ratios(), strict=True)):
+            if ratio < 1 and counts.sum() > 0:
+                before = float(self.thresholds[level])
+                self.thresholds[level] = before + rate * (_quantile(counts, 1 - ratio) - before)
 
 
 class TokenChoice(nn.Module):
@@ -129,43 +143,56 @@ class TokenChoice(nn.Module):
     def __init__(self, hidden_size: int, num_recursions: int, *, kind: str) -> None:
         super().__init__()
         widths = [hidden_size, num_recursions] if kind == "linear" else [hidden_size, 2 * hidden_size, num_recursions]
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after, bias=False) for before, after in pairwise(widths)
-        )
-        self.register_buffer("choice_bias", torch.zeros(num_recursions, dtype=torch.float32))
-        self.register_buffer("loads", torch.ones(num_recursions, dtype=torch.float32))
+        self.layers = nn.ModuleList(nn.Linear(before, after, bias=False) for before, after in pairwise(widths))
+        self._num_recursions = num_recursions
+        for name, buffer in self.untrained_buffers().items():
+            self.register_buffer(name, buffer)
         self.choice_bias: Tensor
         self.loads: Tensor
         """Nr times the share of tokens that chose each depth in the step before."""
 
-    def reset_buffers(self) -> None:
+    def untrained_buffers(self) -> dict[str, Tensor]:
         """As if all depths had been chosen equally often."""
-        self.choice_bias.zero_()
-        self.loads.fill_(1.0)
+        ones = torch.ones(self._num_recursions, dtype=torch.float32)
+        return {"choice_bias": 0 * ones, "loads": ones}
+
+    @property
+    def outputs(self) -> tuple[nn.Linear, ...]:
+        """What gives logits."""
+        return tuple(each for each in self.layers if isinstance(each, nn.Linear))[-1:]
 
     def begin(self, hidden: Float[Tensor, "M D"], routed: Routed) -> None:
         """Choose a depth for each token; of equal logits the smaller depth."""
         logits = _normed(hidden)
-        for place, layer in enumerate(self.layers):
-            logits = _linear(F.silu(logits) if place else logits, layer.weight)
+        for layer in self.layers[:-1]:
+            logits = F.silu(_linear(logits, layer.weight))
+        logits = _logits(logits, self.layers[-1].weight)
         routed.choices = logits
         routed.chosen = (logits + self.choice_bias.to(logits.dtype)).argmax(dim=-1)
 
     def decide(self, asked: Asked, routed: Routed, *, topk: bool) -> Answer:
         """Who chose a greater depth than what is behind it."""
         assert routed.choices is not None and routed.chosen is not None, "begin comes first"
-        choices, chosen = (each if asked.index is None else each[asked.index] for each in (routed.choices, routed.chosen))
+        choices, chosen = (
+            each if asked.index is None else each[asked.index] for each in (routed.choices, routed.chosen)
+        )
         kept = chosen >= asked.level
         if asked.alive is not None:
             kept = kept & asked.alive
         own = chosen[:, None]
-        return Answer(choices.gather(1, own)[:, 0], choices.softmax(dim=-1).gather(1, own)[:, 0], kept, kept)
+        return Answer(choices.gather(1, own)[:, 0], choices.softmax(dim=-1).gather(1, own)[:, 0], kept)
+
+    @torch.no_grad()
+    def count(self, routed: Routed, real: Bool[Tensor, "M"]) -> dict[str, Tensor]:
+        """`chosen` `[Nr]`: how many of the real tokens chose each depth."""
+        assert routed.chosen is not None, "the pass has begun"
+        return {"chosen": torch.bincount(routed.chosen[real], minlength=len(self.loads))}
 
     @torch.no_grad()
     def move(self, statistics: Mapping[str, Tensor], *, rate: float) -> None:
         """Remember the loads of a step, and move each depth's bias by `rate` towards equal ones.
 
-        `statistics` has `chosen` `[Nr]`, tokens counted over the step.
+        `statistics` is `count` summed over the step.
         """
         chosen = statistics["chosen"].double().cpu()
         if not chosen.sum():
@@ -189,6 +216,10 @@ class AllRecur(nn.Module):
     def decide(self, asked: Asked, routed: Routed, *, topk: bool) -> None:
         """Nothing is decided."""
 
+    def count(self, routed: Routed, real: Bool[Tensor, "M"]) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
     def move(self, statistics: Mapping[str, Tensor], *, rate: float) -> None:
         """No buffers."""
 
@@ -208,9 +239,27 @@ def _normed(hidden: Tensor) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + _EPSILON)
 
 
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    return _linear(x, weight) / x.shape[-1] ** 0.5
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight.to(x.dtype))
+
+
+def _histogram(logits: Float[Tensor, "m"]) -> Int[Tensor, "BINS"]:
+    bins = ((logits - _LOWEST) / _BIN_WIDTH).floor().clamp(0, BINS - 1).long()
+    return torch.bincount(bins, minlength=BINS)
+
+
+def _quantile(counts: Float[Tensor, "BINS"], share: float) -> float:
+    """The logit below which `share` of what was counted lies, taking each bin to be filled evenly."""
+    behind = counts.cumsum(dim=0)
+    rank = share * float(behind[-1])
+    place = min(int((behind < rank).sum()), BINS - 1)
+    within = (rank - float(behind[place] - counts[place])) / max(1.0, float(counts[place]))
+    return _LOWEST + _BIN_WIDTH * (place + within)
 
 
 def _best_of_rows(logits: Tensor, asked: Asked, *, share: float) -> Tensor:

@@ -59,9 +59,7 @@ def layout_of(sharing: str, *, num_layers: int, num_recursions: int) -> Layout:
     return Layout(
         unique=(*first, *shared, *(width + num_ends + place for place in range(num_ends))),
         before=tuple(first),
-        recursions=tuple(
-            tuple(range(start, start + width)) for start in range(num_ends, num_layers - num_ends, width)
-        ),
+        recursions=tuple(tuple(range(start, start + width)) for start in range(num_ends, num_layers - num_ends, width)),
         after=tuple(last),
     )
 

@@ -146,5 +146,3 @@ def expected_shares(config: MoRConfig) -> tuple[float, ...]:
 def training_work(multiply_adds: int) -> Work:
     """Of a step that trains everything, the embedding too, so that each product has two operands with gradient."""
     return Work.of(multiply_adds, operands=2)
-
-
