@@ -38,6 +38,7 @@ def config(**fields: Any) -> MoRConfig:
     return MoRConfig(**sizes | fields)
 
 
+@torch.no_grad()
 def model(*, seed: int = 0, dtype: torch.dtype = torch.float64, backend: str = "sdpa", **fields: Any) -> MoRForCausalLM:
     """In evaluation mode, its thresholds where tokens run all depths."""
     torch.manual_seed(seed)
