@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deepen.backbones.architectures import method_of_model
 from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Asked, Walk
+from deepen.backbones.architectures import method_of_model
 from deepen.backbones.attention import PassPlaces, at_places, attention_of_pass
 from deepen.backbones.cache import PassWindow, PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepen.backbones.resolve import KNOWN_ADDRESSES, load, placed
+from deepen.backbones.resolve import KNOWN_ADDRESSES, placed
 from deepen.check.place import place_of, said_by, shown_path
 from deepen.check.subject import Subject, subject_of
 from deepen.checkpoint import is_adapter, open_model

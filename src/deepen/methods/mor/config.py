@@ -87,8 +87,8 @@ class MoRConfig(LlamaConfig):
             for name in kwargs
             if name not in known | _UNDERSTOOD
         )
-        if isinstance(self.capacities, tuple):
-            self.capacities = list(self.capacities)
+        given: Any = self.capacities
+        self.capacities = list(given) if isinstance(given, tuple) else given
         self.check()
         super().__post_init__(**kwargs)
 

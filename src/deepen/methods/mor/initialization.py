@@ -10,6 +10,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,14 +63,14 @@ def sources_of(layout: Layout, initialization: str) -> tuple[tuple[int, ...], ..
     first, depth = len(layout.before), sum(map(len, layout.recursions))
     width = len(shared)
     steps = [first + round(place * (depth - 1) / max(1, width - 1)) for place in range(width)]
-    chosen = {
+    ways: dict[str, Sequence[tuple[int, ...]]] = {
         "stepwise": [(each,) for each in steps],
         "average": [stands_for[own] for own in shared],
         "lower": [(first + place,) for place in range(width)],
         "upper": [(first + depth - width + place,) for place in range(width)],
         "random": [()] * width,
-    }[initialization]
-    by_own = dict(zip(shared, chosen, strict=True))
+    }
+    by_own = dict(zip(shared, ways[initialization], strict=True))
     return tuple(by_own.get(own, stands_for[own]) for own in range(layout.num_unique))
 
 

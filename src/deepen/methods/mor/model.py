@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, initialization as init
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
@@ -135,6 +136,7 @@ class RecursiveLayer(LlamaDecoderLayer):
         queries, new = self._project(normed, rotary, makes_entries=attended.given is None)
         made = None if new is None else attended.merged(new)
         seen = made[1] if made is not None else attended.given
+        assert seen is not None, "a layer makes entries where it isn't given any"
         hidden_states = hidden_states + self.self_attn.o_proj(self._attend(queries, seen, attended))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), made
 
@@ -268,9 +270,9 @@ class MoRModel(MoRPreTrainedModel):
         **kwargs: Any,
     ) -> Reading:
         """`read` by transformers' names; `attention_mask` is `[B, T]`, or `[B, tokens so far]` behind a cache."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
         given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give either input_ids or inputs_embeds")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}: it must be [batch, tokens], True where a token is "

@@ -63,7 +63,8 @@ class Routed:
 class Asked:
     """Tokens that have run the recursion before `level`: their states, their rows, and their index among the pass's M.
 
-    `row_lengths` counts the tokens of each row that the pass began with. `alive` is None where all of them have; otherwise those of the states that count.
+    `row_lengths` counts the tokens of each row that the pass began with. `alive` says which of the states count; None
+    where all do.
     """
 
     level: int
@@ -112,8 +113,7 @@ class ExpertChoice(nn.Module):
 
     def decide(self, asked: Asked, routed: Routed, *, topk: bool) -> Answer:
         """Who goes on. With `topk`, of each row the best, as many as its share of the row's tokens is."""
-        weight = self.levels[asked.level - 1].weight
-        logits = _logits(_normed(asked.hidden), weight)[:, 0]
+        logits = _logits(_normed(asked.hidden), self.outputs[asked.level - 1])[:, 0]
         if topk:
             kept = _best_of_rows(logits, asked, share=self._wanted[asked.level])
         else:
@@ -159,14 +159,19 @@ class TokenChoice(nn.Module):
     @property
     def outputs(self) -> tuple[nn.Linear, ...]:
         """What gives logits."""
-        return tuple(each for each in self.layers if isinstance(each, nn.Linear))[-1:]
+        return self._linears[-1:]
+
+    @property
+    def _linears(self) -> tuple[nn.Linear, ...]:
+        return tuple(each for each in self.layers if isinstance(each, nn.Linear))
 
     def begin(self, hidden: Float[Tensor, "M D"], routed: Routed) -> None:
         """Choose a depth for each token; of equal logits the smaller depth."""
         logits = _normed(hidden)
-        for layer in self.layers[:-1]:
-            logits = F.silu(_linear(logits, layer.weight))
-        logits = _logits(logits, self.layers[-1].weight)
+        *inner, output = self._linears
+        for layer in inner:
+            logits = F.silu(_linear(logits, layer))
+        logits = _logits(logits, output)
         routed.choices = logits
         routed.chosen = (logits + self.choice_bias.to(logits.dtype)).argmax(dim=-1)
 
@@ -239,13 +244,14 @@ def _normed(hidden: Tensor) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + _EPSILON)
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    return _linear(x, weight) / x.shape[-1] ** 0.5
+def _logits(x: Tensor, output: nn.Linear) -> Tensor:
+    return _linear(x, output) / x.shape[-1] ** 0.5
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """In the precision of `x`, whatever the weights have, and under autocast, too."""
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, layer.weight.to(x.dtype))
 
 
 def _histogram(logits: Float[Tensor, "m"]) -> Int[Tensor, "BINS"]:

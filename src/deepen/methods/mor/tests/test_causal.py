@@ -1,5 +1,6 @@
 """No token moves what is before it, a text in pieces is the text, and neither pads nor company matter."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ FIELDS = st.fixed_dictionaries(
     }
 )
 
+CUTS = st.lists(st.integers(1, LENGTH - 1), max_size=4)
+
 
 def in_pieces(made: MoRForCausalLM, ids: Tensor, pieces: list[int], **given: Any) -> tuple[Tensor, Tensor, DepthCache]:
     """Logits and depths of all, and the cache."""
@@ -47,7 +50,7 @@ def whole(made: MoRForCausalLM, ids: Tensor, **given: Any) -> tuple[Tensor, Tens
 
 def pieces_of(cuts: list[int]) -> list[int]:
     edges = sorted({0, *cuts, LENGTH})
-    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before for before, after in pairwise(edges)]
 
 
 @given(FIELDS, st.integers(0, LENGTH - 1), st.integers(0, 60))
@@ -70,11 +73,11 @@ def test_topk_looks_ahead_and_so_is_for_training_only():
     other[0, -1] = (ids[0, -1] + 1) % 61
     assert torch.equal(whole(made, ids)[1][:, :-1], whole(made, other)[1][:, :-1])
     made.train()
-    depths = [made(each).depths[:, :-1] for each in (ids, *(torch.cat([ids[:, :-1], some_ids(1, 1, seed=s)], 1) for s in range(30)))]  # fmt: skip
-    assert any(not torch.equal(each, depths[0]) for each in depths)
+    others = [torch.cat([ids[:, :-1], some_ids(1, 1, seed=seed)], dim=1) for seed in range(30)]
+    assert any(not torch.equal(made(each).depths[:, :-1], made(ids).depths[:, :-1]) for each in others)
 
 
-@given(FIELDS, st.lists(st.integers(1, LENGTH - 1), max_size=5))
+@given(FIELDS, CUTS)
 def test_a_text_in_pieces_is_the_text(fields, cuts):
     made, ids = model(**fields), some_ids(2, LENGTH, seed=fields["seed"])
     (logits, depths), (cached, cached_depths, cache) = whole(made, ids), in_pieces(made, ids, pieces_of(cuts))
@@ -92,7 +95,7 @@ def test_token_by_token(routing, kv, sharing):
     torch.testing.assert_close(in_pieces(made, ids, [LENGTH])[0], logits, **TIGHT)
 
 
-@given(FIELDS, st.lists(st.integers(1, LENGTH), min_size=2, max_size=4), st.booleans(), st.lists(st.integers(1, LENGTH - 1), max_size=3))  # fmt: skip
+@given(FIELDS, st.lists(st.integers(1, LENGTH), min_size=2, max_size=4), st.booleans(), CUTS)
 def test_pads_and_company_change_nothing(fields, lengths, on_left, cuts):
     made = model(**fields)
     texts = [some_ids(1, length, seed=place)[0] for place, length in enumerate(lengths)]

@@ -61,7 +61,9 @@ class TestSharing:
             assert valid_depths(sharing, num_layers=each, num_recursions=num_recursions) == (each,)
         assert found == (depth,) or len(found) == 1 or found[0] < depth < found[1]
 
-    @pytest.mark.parametrize(("depth", "num_recursions", "millions"), [(32, 1, 314.6), (32, 2, 167.1), (32, 3, 118.0), (34, 4, 98.3)])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("depth", "num_recursions", "millions"), [(32, 1, 314.6), (32, 2, 167.1), (32, 3, 118.0), (34, 4, 98.3)]
+    )
     def test_parameters_of_the_360m_shape(self, depth, num_recursions, millions):
         """Without embedding and router: 32, 17, 12 and 10 layers."""
         sizes = {**SHAPE_360M, "num_hidden_layers": depth, "num_recursions": num_recursions}

@@ -51,7 +51,9 @@ def gradients(made: MixtureOfRecursions, *batches: Batch) -> dict[str, Tensor | 
 
 def assert_close(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], atol: float = 1e-9) -> None:
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-7, atol=atol, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-7, atol=atol, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 class TestLosses:
@@ -201,7 +203,9 @@ class TestDivision:
 def after_steps(routing: str, **options: Any) -> MixtureOfRecursions:
     made = method(routing=routing).train()
     optimizers = make_optimizers(made, None, learning_rate=1e-3)
-    steps = Steps(StepModule(made, None), optimizers, lambda index: some_batch(*LENGTHS, seed=index), num_steps=3, **options)
+    steps = Steps(
+        StepModule(made, None), optimizers, lambda index: some_batch(*LENGTHS, seed=index), num_steps=3, **options
+    )
     for index in range(3):
         steps.take(index)
     return made
@@ -279,7 +283,11 @@ class TestSelection:
         batch = some_batch(12, 9, 30)
         reading = made.base.model.read(batch.input_ids, real=torch.arange(30) < batch.lengths[:, None], topk=True)
         depths = reading.run.spread(reading.routed.depths(reading.run.real))
-        assert [[int((row > level).sum()) for level in range(3)] for row in depths] == [[12, 8, 4], [9, 6, 3], [30, 20, 10]]
+        assert [[int((row > level).sum()) for level in range(3)] for row in depths] == [
+            [12, 8, 4],
+            [9, 6, 3],
+            [30, 20, 10],
+        ]
         for level in reading.routed.levels:
             for row in range(3):
                 of_row = reading.run.spread(level.logits)[row]
@@ -299,7 +307,10 @@ class TestSelection:
         assert torch.equal(by_topk.score(batch).log_probs, by_threshold.score(batch).log_probs)
         losses = [step(each, batch).losses["final_ce"].total for each in (by_topk, by_threshold)]
         assert abs(float(losses[0] - losses[1])) > 1e-3
-        assert [float(step(each, batch).metrics["router/looks_ahead"].total) for each in (by_topk, by_threshold)] == [1, 0]
+        assert [float(step(each, batch).metrics["router/looks_ahead"].total) for each in (by_topk, by_threshold)] == [
+            1,
+            0,
+        ]
 
     def test_warm_up_ends(self):
         made, plain, batch = method(topk_warmup_steps=3), method(), some_batch(*LENGTHS)

@@ -51,7 +51,9 @@ def test_executed_pairs_are_those_of_the_depths(routing, kv, sharing):
     runs = [int((depths > level).sum()) for level in range(3)]
     in_recursions = sum(runs[level] * len(layers) for level, layers in enumerate(layout.recursions))
     assert reading.ran.num_applied == in_recursions + 30 * (len(layout.before) + len(layout.after))
-    makes = [layer for layer in range(made.config.num_hidden_layers) if kv != "shared" or layout.first_use(layer) == layer]
+    makes = [
+        layer for layer in range(made.config.num_hidden_layers) if kv != "shared" or layout.first_use(layer) == layer
+    ]
     assert reading.ran.num_entries == sum(runs[layout.level_of(layer)] for layer in makes)
 
 
@@ -126,7 +128,9 @@ class TestBytes:
         reading_cache = type(made(some_ids(1, 2), use_cache=True).past_key_values)()
         with torch.no_grad():
             made.model.read(some_ids(2, 24), cache=reading_cache, topk=True)
-        assert reading_cache.num_entries() == tuple(2 * 24 * (num_recursions - r) // num_recursions for r in range(num_recursions))
+        assert reading_cache.num_entries() == tuple(
+            2 * 24 * (num_recursions - r) // num_recursions for r in range(num_recursions)
+        )
         told = 2 * expected_state_bytes(made.config, context=24, bytes_per_number=8)
         assert reading_cache.num_bytes() == told
 
@@ -141,7 +145,9 @@ class TestBytes:
             "num_hidden_layers": depth,
         }
         of = {
-            kv: expected_state_bytes(MoRConfig(**sizes, num_recursions=num_recursions, kv=kv), context=1200, bytes_per_number=2)
+            kv: expected_state_bytes(
+                MoRConfig(**sizes, num_recursions=num_recursions, kv=kv), context=1200, bytes_per_number=2
+            )
             for kv in KVS
         }
         vanilla = expected_state_bytes(MoRConfig(**sizes, num_recursions=1), context=1200, bytes_per_number=2)
@@ -188,10 +194,17 @@ def test_one_recursion_costs_what_llama_costs():
     from deepen.backbones.hf import Backbone
 
     made = method(num_recursions=1)
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    llama = Backbone.attach(LlamaForCausalLM(LlamaConfig(**{name: getattr(made.config, name) for name in sizes})).double())
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    llama = Backbone.attach(
+        LlamaForCausalLM(LlamaConfig(**{name: getattr(made.config, name) for name in sizes})).double()
+    )
     for given in ({"num_positions": 5, "context": 7}, {"num_positions": 1, "context": 30, "num_logits": 1}):
         assert made.flops(**given) == pass_flops(llama, **given)
     assert made.state_bytes(context=9) == row_state_bytes(llama, context=9)
-
-
