@@ -1,4 +1,5 @@
-"""What shared code relies on, asked of every method there is, and of one dropped in: each preset on a tiny base.
+"""What shared code relies on, asked of every method that stands on a base, and of one dropped in: each preset on a
+tiny base. Methods that bring a model of their own are in test_own_models.py.
 
 A preset may be refused, as long as it says that this version lacks it; whatever works must work as the protocol says.
 """
@@ -40,7 +41,12 @@ from deepen.train.optim import freeze_base, make_optimizers
 
 DROPPED_IN = Path(__file__).parent / "dropped_in"
 PRESETS = [
-    *((name, preset) for name, method in registry.discover().items() for preset in method.preset_paths()),
+    *(
+        (name, preset)
+        for name, method in registry.discover().items()
+        if method.architecture is None
+        for preset in method.preset_paths()
+    ),
     *((path.parents[1].name, path.stem) for path in sorted(DROPPED_IN.glob("*/presets/*.json"))),
 ]
 METHODS = sorted({name for name, _ in PRESETS})
