@@ -89,13 +89,15 @@ def inspect(address: str, opened: "Opened") -> dict[str, Any]:
 
     backbone = opened.backbone
     parameters = count_parameters(backbone.model)
+    is_own = backbone.own_method is not None
     # Making a cache tells whether passes are possible on this model at all.
-    recurrent = backbone.new_cache(batch_size=1, capacity=1).recurrent_layers
+    recurrent = () if is_own else backbone.new_cache(batch_size=1, capacity=1).recurrent_layers
     return {
         "model": address,
         "base": asdict(opened.identity),
         "architecture": type(backbone.model).__name__,
         "attach_points": _attach_points(backbone),
+        "method": None if backbone.own_method is None else backbone.own_method.name,
         "num_layers": backbone.num_layers,
         "recurrent_layers": list(recurrent),
         "recurrent_bytes": {
@@ -109,8 +111,8 @@ def inspect(address: str, opened: "Opened") -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": str(backbone.device),
         "costs": costs_at(_CONTEXTS, backbone, opened.model),
-        "projection": _projection(opened) if address != _projected_address() else None,
-        "adapter": _adapter(Path(address).expanduser(), opened),
+        "projection": _projection(opened) if address != _projected_address() and not is_own else None,
+        "adapter": None if is_own else _adapter(Path(address).expanduser(), opened),
     }
 
 
@@ -128,8 +130,8 @@ def costs_at(
     from deepen.metrics.ledger import reading_flops
 
     costed = model if model is not None else PlainDecoder(backbone)
-    # Methods read a prompt as the base does.
-    reading = pass_costs(backbone).flops
+    # Methods read a prompt as the base does, unless they are the base.
+    reading = costed.flops if backbone.own_method is not None else pass_costs(backbone).flops
     return {
         str(context): {
             "flops_per_token": costed.flops(num_positions=1, context=context),
@@ -154,7 +156,7 @@ def _training_flops(num_tokens: int, backbone: "Backbone", model: "RecursiveMode
         return training_work(backbone, num_positions=num_tokens).flops // num_tokens
     batch = Batch(torch.zeros(1, num_tokens, dtype=torch.long), torch.tensor([num_tokens]))
     try:
-        freeze_base(model, backbone.model)
+        freeze_base(model, None if backbone.own_method is not None else backbone.model)
         return model.step_work(model.prepare(batch, Progress(0, 1))).flops // num_tokens
     except DeepenError:  # this version has no training of it
         return None
@@ -226,6 +228,7 @@ def _print(findings: dict[str, Any]) -> None:
             "address": base["address"],
             "fingerprint": base["fingerprint"],
             "architecture": findings["architecture"],
+            **({"run by the method": findings["method"]} if findings["method"] is not None else {}),
             **findings["attach_points"],
             "number of layers": findings["num_layers"],
             "recurrent layers": ", ".join(map(str, recurrent)) or None,

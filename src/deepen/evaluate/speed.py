@@ -176,6 +176,8 @@ def read_bandwidth() -> float:
 
 
 def our_paths(backbone: Backbone, models: Mapping[str, Decoder], stop: StopConfig) -> dict[str, Path]:
-    """Plain decoding and decoding by each of these models."""
-    plain: dict[str, Path] = {"plain": decoder_path(PlainDecoder(backbone), stop)}
+    """Plain decoding, where the base alone can decode, and decoding by each of these models."""
+    plain: dict[str, Path] = {}
+    if backbone.own_method is None:
+        plain["plain"] = decoder_path(PlainDecoder(backbone), stop)
     return plain | {name: decoder_path(model, stop) for name, model in models.items()}

@@ -166,7 +166,9 @@ class _Stage:
         self._training = None if of_base else read_training(config.model)
         self._origin = None if of_base or opened.model is not None else read_origin(config.model)
         require_standing(config.stage, opened, address=config.model, training=self._training, origin=self._origin)
-        self._model: RecursiveModel | None = None if of_base else opened.model
+        # A model that its method brings is its own base: nothing is left of it without the method.
+        is_own = self._backbone.own_method is not None
+        self._model: RecursiveModel | None = None if of_base and not is_own else opened.model
         self._decoder = self._model if self._model is not None else PlainDecoder(self._backbone)
         self._stop = StopConfig(max_new_tokens=config.max_new_tokens, eos_ids=opened.eos_ids)
         self._prompts = self._fitting_prompts()
@@ -227,9 +229,11 @@ class _Stage:
     def _checks(self, batches: list[Batch]) -> dict[str, float | None]:
         row = guard_row(batches, first_scored=self._config.first_scored)[:_CHECKED_TOKENS]
         checks: dict[str, float | None] = {
-            "pass_width_difference": widest_difference(self._backbone, row, width=len(row)),
+            "pass_width_difference": None,
             "own_forward_difference": None,
         }
+        if self._backbone.own_method is None:
+            checks["pass_width_difference"] = widest_difference(self._backbone, row, width=len(row))
         if self._model is None:
             ours, theirs = self._scorer()(batch_of([row])), score_at_once(self._backbone, batch_of([row]))
             difference = (ours.log_probs - theirs.log_probs)[ours.scored]

@@ -2,10 +2,10 @@
 
 | stage | model |
 |---|---|
-| baseline | any; measured is its base alone |
+| baseline | any; measured is its base alone, or a model that its method brings |
 | after_surgery | an adapter |
 | finetuned_vanilla | what `deepen train` made and decodes as a plain model does: an adapter, or a whole model |
-| finetuned_recursive | an adapter that `deepen train` made and that decodes otherwise, or promises its base's output |
+| finetuned_recursive | what `deepen train` made with a method, and decodes otherwise or promises its base's output |
 """
 
 from collections.abc import Sequence
@@ -35,6 +35,11 @@ def require_standing(
         return
     if opened.model is None:
         _require_whole_model_fits(stage, address, origin)
+    if stage == "after_surgery" and opened.backbone.own_method is not None:
+        raise CannotScore(
+            f"{address} is a model that the method {opened.backbone.own_method.name} brings, and nothing was grafted "
+            "onto it; measure it as baseline before training, and as finetuned_recursive after"
+        )
     if stage != "after_surgery" and training is None:
         raise CannotScore(
             f"{address} has no {LEDGER}, which `deepen train` leaves beside what it has trained, so nothing tells what "

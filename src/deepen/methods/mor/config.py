@@ -115,6 +115,11 @@ class MoRConfig(LlamaConfig):
         config: Self = cls.from_dict(content, source=str(path))
         return config
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON types, but those that are for classifiers."""
+        given: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in given.items() if name not in ("id2label", "label2id")}
+
     def save(self, path: str | Path) -> None:
         """Write the configuration to a JSON file, atomically. Raises `ConfigError` if it could not be read back."""
         self.check()
