@@ -39,9 +39,7 @@ def is_small(name: str) -> bool:
     return fields["hidden_size"] ** 2 * fields["num_hidden_layers"] < MOST_PARAMETERS / 4
 
 
-PRESETS = [
-    (name, preset) for name, method in METHODS.items() for preset in method.preset_paths() if is_small(preset)
-]
+PRESETS = [(name, preset) for name, method in METHODS.items() for preset in method.preset_paths() if is_small(preset)]
 
 
 @pytest.fixture(scope="module", params=PRESETS, ids="-".join)
@@ -113,7 +111,7 @@ def test_settings_of_training_can_be_told_anew_and_others_can_not(folder):
     config = open_model(str(folder)).model.config
     changed = open_model(str(folder), overrides={"z_weight": 0.5}).model.config
     assert changed.z_weight == 0.5 and {**changed.to_dict(), "z_weight": config.z_weight} == config.to_dict()
-    with pytest.raises(ConfigError, match="hidden_size is .* in this model"):
+    with pytest.raises(ConfigError, match=r"hidden_size is .* in this model"):
         open_model(str(folder), overrides={"hidden_size": 2 * config.hidden_size})
     with pytest.raises(ConfigError, match="did you mean"):
         open_model(str(folder), overrides={"z_weigth": 0.5})

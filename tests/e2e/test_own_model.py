@@ -90,10 +90,13 @@ def test_neither_micro_batches_nor_recomputing_matter(place, capsys):
 def test_every_command_takes_it(place, capsys):
     out = said(capsys, "new expert_choice.json --tokenizer bpe:300 --data corpus.jsonl --out m")
     assert out.splitlines()[-1] == "train it: deepen train RUN.json --model m --data corpus.jsonl"
-    (place / "run.json").write_text(json.dumps({"model": "m", "data": "corpus.jsonl", "num_steps": 3, "max_length": 32}))
+    (place / "run.json").write_text(
+        json.dumps({"model": "m", "data": "corpus.jsonl", "num_steps": 3, "max_length": 32})
+    )
     said(capsys, "train run.json --output_dir r --eval_interval 3")
     (line,) = [json.loads(each) for each in Path("r/train.jsonl").read_text().splitlines()][-1:]
-    assert {"train/loss/final_ce", "train/loss/auxiliary", "train/loss/z", "train/router/kept_1", "train/router/depth"} <= line.keys()  # fmt: skip
+    told = {"loss/final_ce", "loss/auxiliary", "loss/z", "router/kept_1", "router/depth", "router/dead"}
+    assert {f"train/{name}" for name in told} <= line.keys()
     assert line["train/performance/flops"] > 0
     generated = said(capsys, "generate r/step_3 --prompt it --max_new_tokens 4 --no-chat")
     assert generated == said(capsys, "generate r/step_3 --prompt it --max_new_tokens 4 --no-chat")
@@ -110,7 +113,9 @@ def test_every_command_takes_it(place, capsys):
 
 def test_what_it_is_not_for_is_said(place, capsys):
     said(capsys, "new expert_choice.json --out m")
-    (place / "run.json").write_text(json.dumps({"model": "m", "data": "corpus.jsonl", "num_steps": 1, "method": "dense"}))
+    (place / "run.json").write_text(
+        json.dumps({"model": "m", "data": "corpus.jsonl", "num_steps": 1, "method": "dense"})
+    )
     assert "m is a model of mor: leave out method and config" in refused(capsys, "train run.json")
     assert "nothing was grafted" in refused(capsys, "evaluate m --stage after_surgery --data corpus.jsonl")
     assert "is a model of its own" in refused(capsys, "graft tiny:llama --method mor --config mor-1m-nr3 --out g")

@@ -41,6 +41,8 @@ def test_the_report_would_show_torch():
 class TestTopLevelNames:
     NAMES = (
         "ChunkRefineWrapper",
+        "MoRConfig",
+        "MoRForCausalLM",
         "MetricsTracker",
         "RecursiveConfig",
         "get_after_surgery_config",

@@ -213,6 +213,7 @@ for execution in ("mask", "gather"):
 """
 
 
+@pytest.mark.slow
 def test_under_a_mask_layers_compile_once():
     """Batches with other pads and other depths fit the same code, which gathering's do not.
 
