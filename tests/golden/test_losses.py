@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from deepen.backbones.new import new_model, new_tokenizer, read_config
+from deepen.checkpoint import save_model
 from deepen.core import registry
 from deepen.core.errors import CannotTrain
+from deepen.core.registry import Method
 from deepen.train.config import RunConfig
 from deepen.train.run import train
 
@@ -19,8 +22,11 @@ FILE = Path(__file__).with_name("losses.json")
 NUM_STEPS = 20
 BASES = ("tiny:llama", "tiny:kimi_linear")
 SEEDS = (0, 1)
+# In the place of a base, where the model is the method's own: one is made, if its preset is as small as this.
+NEW = "new"
+WIDEST = 128
 # Presets whose steps choose tokens: once a choice falls otherwise, which rounding can do, so do the losses behind it.
-CHOOSING = {"recursive_phase_c"}
+CHOOSING = {"recursive_phase_c", "mor-1m-nr2", "mor-1m-nr3"}
 NUM_STEPS_CHOOSING = 4
 
 
@@ -30,9 +36,16 @@ def runs() -> list[tuple[str, str, str, int]]:
         (method.name, preset, base, seed)
         for method in registry.discover().values()
         for preset in method.preset_paths()
-        for base in BASES
+        for base in bases_of(method, preset)
         for seed in SEEDS
     ]
+
+
+def bases_of(method: Method, preset: str) -> tuple[str, ...]:
+    """What a preset is trained on; nothing if it is a model too large to be trained here."""
+    if method.architecture is None:
+        return BASES
+    return (NEW,) if read_config(preset)["hidden_size"] <= WIDEST else ()
 
 
 def losses(method: str, preset: str, base: str, seed: int, folder: Path) -> list[float] | None:
@@ -40,8 +53,14 @@ def losses(method: str, preset: str, base: str, seed: int, folder: Path) -> list
     corpus = folder / "corpus.jsonl"
     texts = (f"{n} apples and {3 * n % 11} pears are {n + 3 * n % 11} fruits." for n in range(120))
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    if base == NEW:
+        made = new_model(read_config(preset), new_tokenizer("bytes"), seed=seed)
+        save_model(folder / NEW, backbone=made.backbone, tokenizer=made.tokenizer)
+        which = {"model": str(folder / NEW)}
+    else:
+        which = {"model": base, "method": method, "config": preset}
     config = RunConfig(
-        model=base, method=method, config=preset, data=str(corpus), output_dir=str(folder / "run"), seed=seed,
+        **which, data=str(corpus), output_dir=str(folder / "run"), seed=seed,
         num_steps=NUM_STEPS, batch_size=4, max_length=32, learning_rate=3e-3, schedule="cosine", warmup_steps=4,
         log_interval=1,
     )  # fmt: skip
@@ -60,7 +79,7 @@ def name_of(run: tuple[str, str, str, int]) -> str:
 
 def is_quick(run: tuple[str, str, str, int]) -> bool:
     """One base and seed of each preset; the others belong to the slow profile."""
-    return run[2:] == (BASES[0], SEEDS[0])
+    return run[2:] in ((BASES[0], SEEDS[0]), (NEW, SEEDS[0]))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from deepen.backbones.identity import fingerprint
 from deepen.backbones.new import NewModel, config_paths, new_model, new_tokenizer, parameters_by_part, read_config
 from deepen.checkpoint import open_model, save_model
 from deepen.core.errors import ConfigError, UnsupportedBackbone
+from deepen.core.registry import discover
 from deepen.data.split import split_of
 from deepen.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, byte_tokenizer
 
@@ -162,7 +163,9 @@ class TestTokenizer:
 
 class TestShipped:
     def test_their_sizes_are_their_names(self):
-        assert list(config_paths()) == ["llama-1m", "llama-5m", "nanochat-1m"]
+        of_methods = {name for method in discover().values() if method.architecture for name in method.preset_paths()}
+        assert list(config_paths()) == sorted(config_paths())
+        assert sorted(config_paths().keys() - of_methods) == ["llama-1m", "llama-5m", "nanochat-1m"]
         for name, size, vocabulary in (
             ("llama-1m", 1.15e6, 1024),
             ("llama-5m", 5.2e6, 4096),
