@@ -186,8 +186,6 @@ class MoRPreTrainedModel(LlamaPreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
-    # Thresholds move by less than 16-bit numbers can tell apart.
-    _keep_in_fp32_modules_strict = frozenset({"thresholds", "loads", "choice_bias"})
     _can_record_outputs = None
 
     @torch.no_grad()
