@@ -30,7 +30,7 @@ def logits_of(made: MoRForCausalLM, ids: Tensor, **given: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("routing", "kv", "sharing"), KINDS)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["delta", *(pytest.param(each, marks=pytest.mark.slow) for each in GATES[1:])])
 def test_it_is_the_plain_form(routing, kv, sharing, gate):
     made = model(routing=routing, kv=kv, sharing=sharing, gate=gate)
     ids = some_ids(2, 17)
@@ -42,6 +42,12 @@ def test_it_is_the_plain_form(routing, kv, sharing, gate):
         torch.testing.assert_close(output.logits[row], expected, **TIGHT)
     if routing != "none":
         assert {1, 3} <= set(output.depths.flatten().tolist())
+
+
+@given(st.fixed_dictionaries(FIELDS))
+def test_it_is_the_plain_form_with_any_gate(fields):
+    made, (row,) = model(**fields), some_ids(1, 11, seed=fields["seed"])
+    torch.testing.assert_close(logits_of(made, row[None])[0], oracle(made, row)[0], **TIGHT)
 
 
 @pytest.mark.parametrize(("routing", "kv", "sharing"), KINDS)
