@@ -366,3 +366,19 @@ class TestFiles:
 def test_a_column_keeps_its_path():
     assert columns({"a/b.json": stage()}) == [Column("a/b.json", "baseline", stage())]
     assert Path(columns({"a/b.json": stage()})[0].path).name == "b.json"
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["r/lora-0/x.json", "r/lora-1/x.json"], ["lora-0", "lora-1"]),
+        (["0.json", "1.json"], ["0.json", "1.json"]),
+        (["r/a/b/x.json", "r/c/b/x.json"], ["a", "c"]),
+        (["r/x.json", "r/a/x.json"], ["r/x.json", "r/a/x.json"]),
+        (["/r/x.json", "s/x.json"], ["/r", "s"]),
+    ],
+)
+def test_columns_of_a_stage_are_told_apart_by_where_their_paths_differ(paths, names):
+    found = columns({path: stage() for path in paths})
+    assert [column.label for column in found] == [f"baseline ({name})" for name in names]
+    assert [column.path for column in found] == paths

@@ -6,6 +6,7 @@ Free of torch.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,23 @@ class Column:
 
 
 def columns(files: Mapping[str, StageResults]) -> list[Column]:
-    """The files by path, each called by its stage, and by its path too where several have that stage."""
-    counts = Counter(results.stage for results in files.values())
-    return [
-        Column(path, results.stage if counts[results.stage] == 1 else f"{results.stage} ({path})", results)
-        for path, results in files.items()
-    ]
+    """The files by path, each called by its stage, and by what tells its path apart where several have that stage."""
+    labels: dict[str, str] = {}
+    for stage in {results.stage for results in files.values()}:
+        paths = [path for path, results in files.items() if results.stage == stage]
+        names = _told_apart(paths)
+        labels |= {path: stage if len(paths) == 1 else f"{stage} ({names[path]})" for path in paths}
+    return [Column(path, labels[path], results) for path, results in files.items()]
+
+
+def _told_apart(paths: Sequence[str]) -> dict[str, str]:
+    """Each path without the folders before, and the folders and name behind, that all have in common."""
+    parts = {path: list(Path(path).parts) for path in paths}
+    for end in (0, -1):
+        while all(parts.values()) and len({each[end] for each in parts.values()}) == 1:
+            for each in parts.values():
+                each.pop(end)
+    return {path: str(Path(*each)) if all(parts.values()) else path for path, each in parts.items()}
 
 
 def compare_stages(given: Sequence[Column], *, seed: int = 0) -> dict[str, Any]:
