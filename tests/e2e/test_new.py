@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import refused, said, write_sentences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepen.cli.main import main
 from deepen.data.tokenizer import VOCAB_SIZE
 
 SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -18,19 +18,8 @@ def place(tmp_path, monkeypatch) -> Path:
     """A folder to work in, with a configuration and a corpus."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    texts = [f"{number}: it reads the same sentence again and again. " * 4 for number in range(60)]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write_sentences(tmp_path / "corpus.jsonl", 60)
     return tmp_path
-
-
-def said(capsys, command: str) -> str:
-    assert main(command.split()) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys, command: str) -> str:
-    assert main(command.split()) == 2
-    return capsys.readouterr().err
 
 
 def test_a_model_of_bytes(place, capsys):

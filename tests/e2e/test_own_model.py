@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import refused, said, write_sentences
 from safetensors.torch import load_file
 
 from deepen.checkpoint import open_model
-from deepen.cli.main import main
 from deepen.core.errors import DeepenError
 from deepen.data.batches import batch_of
 from deepen.train.config import RunConfig
@@ -37,19 +37,8 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for routing in BUFFERS:
         (tmp_path / f"{routing}.json").write_text(json.dumps({**SMALL, "routing": routing}))
-    texts = [f"{number}: it reads the same sentence again and again. " * 4 for number in range(200)]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    write_sentences(tmp_path / "corpus.jsonl", 200)
     return tmp_path
-
-
-def said(capsys, command: str) -> str:
-    assert main(command.split()) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def refused(capsys, command: str) -> str:
-    assert main(command.split()) == 2
-    return capsys.readouterr().err
 
 
 def run_of(**fields) -> RunConfig:
