@@ -244,8 +244,8 @@ def summary(
     """All figures, as plain JSON types."""
     base = before["baseline"]
     return {
-        "command": f"PYTHONPATH=src python benchmarks/refinement.py {places.run_files.name}",
-        "test_tokens": places.test_tokens,
+        "command": f"PYTHONPATH=src python benchmarks/refinement.py {places.run_files.name} "
+        f"--test-tokens {places.test_tokens} --batch-size {places.batch_size}",
         "environment": runs[CONTROL][0].environment,
         "learning_rates": dict(rates),
         "baseline": base.figures,

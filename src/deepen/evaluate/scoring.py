@@ -137,10 +137,10 @@ def _require_one_distribution(place: int, scores: Sequence[Score]) -> None:
 def guard_row(batches: Sequence[Batch], *, first_scored: int = FIRST_SCORED) -> list[int]:
     """The beginning of the first document that has a token to score, and two different ids."""
     for batch in batches:
-        for ids, length in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True):
-            row = ids[: min(length, max(_GUARD_LENGTH, first_scored + 1))]
-            if length > first_scored and len(set(row)) > 1:
-                return list(row)
+        for ids in batch.unpadded():
+            row = ids[: max(_GUARD_LENGTH, first_scored + 1)]
+            if len(ids) > first_scored and len(set(row)) > 1:
+                return row
     raise CannotScore(
         f"no document has more than {first_scored} tokens, where scoring starts; give longer documents or more tokens"
     )

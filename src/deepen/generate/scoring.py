@@ -37,8 +37,8 @@ def score_at_once(backbone: Backbone, batch: Batch) -> Score:
     inputs = batch.input_ids.to(backbone.device)
     logits = backbone.model(input_ids=inputs, attention_mask=is_real.long().to(backbone.device)).logits
     sheet = ScoreSheet(batch.input_ids.shape, backbone.dtype)
-    for index, (ids, length) in enumerate(zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)):
-        sheet.put(index, 1, ids[1:length], logits[index, : max(0, length - 1)])
+    for index, ids in enumerate(batch.unpadded()):
+        sheet.put(index, 1, ids[1:], logits[index, : max(0, len(ids) - 1)])
     return sheet.score
 
 

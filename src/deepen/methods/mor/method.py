@@ -143,8 +143,8 @@ class MixtureOfRecursions(nn.Module):
         reading = self.base.model.read(ids, real=real)
         hidden = reading.run.spread(reading.hidden)
         sheet = ScoreSheet(batch.input_ids.shape, self.backbone.dtype)
-        for row, (tokens, length) in enumerate(zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)):
-            sheet.put(row, 1, tokens[1:length], self.base.lm_head(hidden[row, : max(0, length - 1)]))
+        for row, tokens in enumerate(batch.unpadded()):
+            sheet.put(row, 1, tokens[1:], self.base.lm_head(hidden[row, : max(0, len(tokens) - 1)]))
         return sheet.score
 
     # Training
