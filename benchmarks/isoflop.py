@@ -140,10 +140,10 @@ class Bench:
 
     # Arms
 
-    def finish(self, start: Start, flops: int | None) -> int:
+    def finish(self, start: Start, standard: Future[int] | None) -> int:
         """Train one arm from one seed to both budgets and score it; gives its FLOPs at the budget of tokens.
 
-        `flops` None: these are the other budget.
+        The other budget are those of `standard`; None: its own.
         """
         at_tokens, at_flops = (self.out / f"{start.name}-{budget}.json" for budget in BUDGETS)
         if not at_tokens.exists():
@@ -151,7 +151,7 @@ class Bench:
             write_json(at_tokens, self._branch(start, steps))
         spent = read_json(at_tokens)["ledger"]
         if not at_flops.exists():
-            flops = spent["training_flops"] if flops is None else flops
+            flops = spent["training_flops"] if standard is None else standard.result()
             steps = round(spent["steps"] * flops / spent["training_flops"])
             is_same = abs(steps / spent["steps"] - 1) < _SAME
             write_json(at_flops, read_json(at_tokens) if is_same else self._branch(start, steps))
@@ -349,8 +349,8 @@ def run_all(bench: Bench, rates: Mapping[str, float], pool: ThreadPoolExecutor) 
     comparison = bench.comparison
     others = [arm for arm in comparison.arms if arm != comparison.standard]
 
-    def finish(seed: int, corpus: str, arm: str, flops: Future[int] | None) -> int:
-        return bench.finish(Start(arm, corpus, seed, rates[arm]), None if flops is None else flops.result())
+    def finish(seed: int, corpus: str, arm: str, standard: Future[int] | None) -> int:
+        return bench.finish(Start(arm, corpus, seed, rates[arm]), standard)
 
     waiting: list[Future[int]] = []
     for seed in comparison.seeds:

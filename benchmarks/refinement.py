@@ -106,7 +106,15 @@ def reshaped(checkpoint: Path, fields: Mapping[str, int], folder: Path) -> Path:
 
 
 def best_rates(places: Places, pool: ThreadPoolExecutor) -> dict[str, float]:
-    """Of each arm, with what every rate gave in OUT/rates.json."""
+    """Of each arm; what every rate gave is kept in OUT/rates.json."""
+    kept = places.out / "rates.json"
+    if not kept.exists():
+        write_json(kept, sweep(places, pool))
+    return {arm: min(map(float, found), key=lambda rate: found[f"{rate:g}"]) for arm, found in read_json(kept).items()}
+
+
+def sweep(places: Places, pool: ThreadPoolExecutor) -> dict[str, dict[str, float]]:
+    """Validation nats a token of each arm, by rate."""
 
     def of(arm: str, rate: float) -> float:
         name = f"sweep-{arm}-{rate:g}"
@@ -119,11 +127,7 @@ def best_rates(places: Places, pool: ThreadPoolExecutor) -> dict[str, float]:
         return float(StageResults.read(places.results(name, stage_of(arm))).figures["nll"])
 
     waiting = {arm: {rate: pool.submit(of, arm, rate) for rate in RATES} for arm in TUNED}
-    found = {arm: {rate: each.result() for rate, each in rates.items()} for arm, rates in waiting.items()}
-    write_json(
-        places.out / "rates.json", {arm: {f"{r:g}": nll for r, nll in rates.items()} for arm, rates in found.items()}
-    )
-    return {arm: min(rates, key=rates.__getitem__) for arm, rates in found.items()}
+    return {arm: {f"{rate:g}": each.result() for rate, each in rates.items()} for arm, rates in waiting.items()}
 
 
 def run_of(places: Places, arm: str, seed: int, rate: float, *, flops_of: Future[StageResults] | None) -> StageResults:
