@@ -21,8 +21,13 @@ def test_a_model_is_made_trained_and_evaluated(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "r" / "train.jsonl").read_text().splitlines()]
     watched = [line for line in lines if "evaluation/validation/token_accuracy" in line]
     assert len(watched) == 1 and 0 <= watched[0]["evaluation/validation/token_accuracy"] <= 1
-    said(capsys, f"evaluate r/step_2 --stage baseline --data {TASK} --max-new-tokens 0 --output_dir e")
+    out = said(capsys, f"evaluate r/step_2 --stage baseline --data {TASK} --max-new-tokens 0 --output_dir e")
+    assert "a blind guess" in out and "6.2%" in out
     results = json.loads((tmp_path / "e" / "baseline_results.json").read_text())
+    easy, hard = results["by_difficulty"]
+    assert (easy["difficulty"], hard["difficulty"]) == (1, 2)
+    assert easy["num_documents"] + hard["num_documents"] == 20
+    assert (easy["chance"], hard["chance"]) == (1 / 16, 2 / 16)
     # One answer each, of which the prompt is not scored.
     assert results["figures"]["num_documents"] == results["figures"]["num_tokens"] == 20
     assert 'unknown key "hop"' in refused(capsys, "evaluate m --stage baseline --data task:pointer,hop=3")

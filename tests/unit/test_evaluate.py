@@ -91,6 +91,19 @@ class TestFigures:
         assert found["token_accuracy"] == num_correct / num_tokens
         assert found["largest_move"] == 0.0
 
+    def test_documents_keep_their_difficulty_and_no_scorer_is_told_it(self):
+        batch = batch_of([document(40), document(50), document(60)])
+        told = torch.tensor([[3], [0], [2]]).expand(-1, batch.input_ids.shape[1])
+        seen = []
+
+        def score(given):
+            seen.append(given.difficulty)
+            return by_bigram(given)
+
+        found = measure(score, [replace(batch, difficulty=told)], tokenizer=TOKENIZER)
+        assert [each.difficulty for each in found.documents] == [3, None, 2]
+        assert set(seen) == {None}
+
     @given(documents)
     def test_batches_make_no_difference(self, rows):
         assert measure(by_bigram, [batch_of(rows)], tokenizer=TOKENIZER).figures == figures(*rows)

@@ -4,7 +4,7 @@ import pytest
 
 from deepen.core.errors import DeepenError
 from deepen.data.encoding import encode, encode_asked, with_end
-from deepen.data.formats import Conversation, Message, Prompt, Text, document_of
+from deepen.data.formats import Conversation, Message, Prompt, Text, difficulty_of, document_of
 from deepen.data.records import Record
 from deepen.data.tokenizer import BOS_ID, EOS_ID, byte_tokenizer
 
@@ -39,6 +39,13 @@ def test_a_record_becomes_what_its_fields_say(fields, expected):
         assert isinstance(found, Conversation) and found.messages == turns(*expected)
     else:
         assert found == expected
+
+
+@pytest.mark.parametrize(("told", "expected"), [(3, 3), (0, None), ("hard", None), (True, None), (2.0, None)])
+def test_an_answer_may_tell_how_hard_it_is(told, expected):
+    for fields in ({"prompt": "p", "response": "r"}, {"prompt_ids": [1], "response_ids": [2], "tokenizer": "t"}):
+        assert difficulty_of(document(**fields, difficulty=told)) == expected
+    assert difficulty_of(document(text="a", difficulty=3)) is None
 
 
 def test_a_prompt_alone_is_asked_and_not_answered():

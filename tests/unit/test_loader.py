@@ -1,6 +1,7 @@
 """From documents to batches: flat tokens, rows, and the order in which they are drawn."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,8 +58,10 @@ class TestTokenCorpus:
             TokenCorpus(corpus.ids[::-1].copy(), corpus.ends),
             numbered([4, 3]),
             TokenCorpus(corpus.ids, corpus.ends, np.array([True] * 6 + [False])),
+            replace(corpus, difficulties=np.array([1, 2], dtype=np.int32)),
+            replace(corpus, difficulties=np.array([2, 1], dtype=np.int32)),
         ]
-        assert len({each.digest for each in [corpus, *others]}) == 4
+        assert len({each.digest for each in [corpus, *others]}) == 6
         assert numbered([3, 4]).digest == corpus.digest
 
 
@@ -98,6 +101,15 @@ class TestRows:
         corpus = TokenCorpus(np.arange(5, dtype=np.int32), np.array([5]), np.array([False, False, True, True, False]))
         batch = cut_rows(corpus, max_length=9, cut="document").batch([0])
         assert batch.predicted().tolist() == [[False, True, True, False]]
+
+    @pytest.mark.parametrize("cut", ["document", "packed"])
+    def test_every_token_has_the_difficulty_of_its_document(self, cut):
+        corpus = replace(numbered([4, 2, 3]), difficulties=np.array([7, 0, 2], dtype=np.int32))
+        rows = cut_rows(corpus, max_length=5, cut=cut)
+        batch = rows.batch(list(range(len(rows))))
+        found = [told for row, length in enumerate(batch.lengths) for told in batch.difficulty[row, :length].tolist()]
+        assert found == [7, 7, 7, 7, 0, 0, 2, 2, 2]
+        assert cut_rows(numbered([4]), max_length=5, cut=cut).batch([0]).difficulty is None
 
     def test_pads_are_not_predicted(self):
         batch = cut_rows(numbered([4, 2]), max_length=9, cut="document").batch([0, 1])

@@ -465,6 +465,13 @@ class TestRecords:
             assert (record.fields["task"], record.fields["difficulty"]) == ("phop", example.difficulty)
             assert isinstance(document_of(record), Tokens)
 
+    def test_batches_know_the_difficulty(self):
+        address = "task:pointer,examples=9"
+        corpus = TokenCorpus.of(map(document_of, records_of(address, "train")), new_tokenizer("task:pointer"))
+        batch = cut_rows(corpus, max_length=128, cut="document").batch(list(range(9)))
+        expected = [example.difficulty for example in examples(address, "train")]
+        assert batch.difficulty is not None and batch.difficulty[:, 0].tolist() == expected
+
     def test_another_tokenizer_is_refused(self):
         documents = map(document_of, records_of("task:pointer", "train"))
         with pytest.raises(DeepenError, match="task:pointer, train example 1: its ids are those of a tokenizer"):

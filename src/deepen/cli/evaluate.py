@@ -86,6 +86,10 @@ def run(options: Options) -> int:
     print_facts(_facts(results["figures"], results["looking_ahead"]), title=f"{config.model}, {config.stage}")
     if results["depths"] is not None:
         _print_depths(results["depths"])
+    if results["by_difficulty"] is not None:
+        print()
+        print_table(_BY_DIFFICULTY, [_at_difficulty(line) for line in results["by_difficulty"]])
+        print()
     if results["at_recursions"] is not None:
         print_table(_SWEPT, [_at_recursions(line) for line in results["at_recursions"]])
         print()
@@ -136,6 +140,15 @@ def _print_depths(depths: Mapping[str, Any]) -> None:
     costs = [(depth, each["num_tokens"], _told(each["mean"], 4)) for depth, each in _numbered(depths["nll_by_depth"])]
     print_table(("predicted at depth", "scored tokens", "nats per token"), costs)
     print()
+
+
+_BY_DIFFICULTY = ("difficulty", "documents", "all tokens right", "tokens right", "a blind guess", "nats per token")
+
+
+def _at_difficulty(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    shares = (line["all_correct"], line["token_accuracy"], line["chance"])
+    told = ("" if share is None else f"{share:.1%}" for share in shares)
+    return line["difficulty"], line["num_documents"], *told, _told(line["nll"], 4)
 
 
 _SWEPT = ("recursions", "nats per token", "95 % interval", "token accuracy", "mean depth", "FLOPs a token, expected")

@@ -33,15 +33,17 @@ class Batch:
 
     `documents` `[B, T]` numbers the document of each token where rows hold several: no token predicts the first of
     another document. None: a row is one document. `learned` `[B, T]` is False where a token is read but not predicted,
-    as those of a prompt; None: all are.
+    as those of a prompt; None: all are. `difficulty` `[B, T]` is that of each token's document, as its record says it,
+    and 0 where it doesn't; None: no record does.
     """
 
     input_ids: Tensor
     lengths: Tensor
     documents: Tensor | None = None
     learned: Tensor | None = None
+    difficulty: Tensor | None = None
 
-    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "documents", "learned")
+    per_token: ClassVar[tuple[str, ...]] = ("input_ids", "documents", "learned", "difficulty")
     """Fields of shape `[B, T]`, which are as wide as the longest row. A method whose `prepare` gives more adds its own;
     its other tensors are `[B, ...]`."""
 

@@ -10,13 +10,14 @@
 | asked | `prompt`, and no field of another format | user: a prompt without an answer, for a model to give one |
 | tokens | `prompt_ids`, `response_ids`, and `tokenizer`, the digest of theirs | these ids, as they are |
 
-A record has the fields of exactly one format; others beside them (an id, a source) are no matter. A record that fits
+A record has the fields of exactly one format; others beside them (an id, a source) are no matter, but for
+`difficulty` beside what is asked and answered: a whole number from 1 on says how hard that is. A record that fits
 none, or two, is an error that shows its fields: nothing is guessed. `prompt` beside all fields of another format is one
 of the others that are no matter, and beside some of them (an `answer`, say) it fits none.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepen.core.errors import DeepenError
@@ -48,6 +49,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     place: str = ""
+    difficulty: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Tokens:
     response: tuple[int, ...]
     tokenizer: str
     place: str = ""
+    difficulty: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Prompt:
 
 
 Document = Text | Conversation | Prompt | Tokens
+
+
+def difficulty_of(document: Document) -> int | None:
+    """How hard it is to answer, where that is told."""
+    return document.difficulty if isinstance(document, Conversation | Tokens) else None
 
 
 def document_of(record: Record) -> Document:
@@ -84,7 +92,16 @@ def document_of(record: Record) -> Document:
             f"{record.place}: a record with the fields {fields} {problem}; known are {known}; or prompt alone"
         )
     _, read = _FORMATS[fitting[0]]
-    return read(record)
+    document = read(record)
+    if isinstance(document, Conversation | Tokens):
+        return replace(document, difficulty=_difficulty(record))
+    return document
+
+
+def _difficulty(record: Record) -> int | None:
+    """None where it is told in other ways, as in words: such fields are many datasets' own."""
+    given = record.fields.get("difficulty")
+    return given if type(given) is int and 1 <= given < _ID_LIMIT else None
 
 
 def _text(record: Record) -> Document:

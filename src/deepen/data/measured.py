@@ -1,24 +1,25 @@
 """Documents as a model is measured on them: their beginnings, in their own order, and what of them counts."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from deepen.core.types import Batch
 from deepen.data.batches import batch_of, token_ids
 from deepen.data.encoding import ChatEncoder, encode
-from deepen.data.formats import Document, Text, document_of
+from deepen.data.formats import Document, Text, difficulty_of, document_of
 from deepen.data.records import Split
 from deepen.data.split import records_of
 
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """The ids of a document, or of its beginning, and which of them are predicted (None: all)."""
+    """The ids of a document, or of its beginning, which of them are predicted (None: all), and how hard it is."""
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...] | None
+    difficulty: int | None = None
 
 
 def documents_of(data: str, split: Split) -> Iterator[Document]:
@@ -50,7 +51,9 @@ def measured_batch(rows: Sequence[MeasuredRow]) -> Batch:
     learned = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     for place, row in enumerate(rows):
         learned[place, : len(row.ids)] = torch.tensor(row.learned if row.learned is not None else True)
-    return Batch(batch.input_ids, batch.lengths, learned=learned)
+    difficulty = torch.zeros_like(batch.input_ids)
+    difficulty[:] = torch.tensor([[row.difficulty or 0] for row in rows])
+    return replace(batch, learned=learned, difficulty=difficulty if difficulty.any() else None)
 
 
 def _row(document: Document, tokenizer: ChatEncoder, *, max_length: int) -> MeasuredRow:
@@ -58,4 +61,4 @@ def _row(document: Document, tokenizer: ChatEncoder, *, max_length: int) -> Meas
         # Without the end of sequence, which training puts behind it and which is no part of the text.
         return MeasuredRow(tuple(token_ids(document.text, tokenizer)[:max_length]), None)
     encoded = encode(document, tokenizer)
-    return MeasuredRow(tuple(encoded.ids[:max_length]), tuple(encoded.learned[:max_length]))
+    return MeasuredRow(tuple(encoded.ids[:max_length]), tuple(encoded.learned[:max_length]), difficulty_of(document))

@@ -31,6 +31,9 @@ class Rows:
             torch.tensor([end - start for start, end in spans]),
             documents=_padded([corpus.documents_of(*span) for span in spans]) if self.cut == "packed" else None,
             learned=_padded([corpus.learned_of(*span) for span in spans]) if corpus.learned is not None else None,
+            difficulty=(
+                _padded([corpus.difficulty_of(*span) for span in spans]) if corpus.difficulties is not None else None
+            ),
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepen.data.encoding import ChatEncoder, encode
-from deepen.data.formats import Document, Text
+from deepen.data.formats import Document, Text, difficulty_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,18 +21,20 @@ class TokenCorpus:
     """Documents behind each other.
 
     `ids` `[N]`, int32; `learned` `[N]`, bool, None where all are; `ends` `[M]`: document m has the ids from
-    `ends[m - 1]` (0 for the first) to before `ends[m]`, at least one.
+    `ends[m - 1]` (0 for the first) to before `ends[m]`, at least one; `difficulties` `[M]`, int32, 0 for a document
+    that tells none, None where no document does.
     """
 
     ids: np.ndarray[Any, Any]
     ends: np.ndarray[Any, Any]
     learned: np.ndarray[Any, Any] | None = None
+    difficulties: np.ndarray[Any, Any] | None = None
 
     @classmethod
     def of(cls, documents: Iterable[Document], tokenizer: ChatEncoder) -> "TokenCorpus":
         """Encode `documents` one by one; empty texts are left out, and counted in a warning."""
         num_empty = 0
-        ids, learned, ends = array("i"), bytearray(), array("q")
+        ids, learned, ends, difficulties = array("i"), bytearray(), array("q"), array("i")
         for document in documents:
             if isinstance(document, Text) and not document.text.strip():
                 num_empty += 1
@@ -42,6 +44,7 @@ class TokenCorpus:
             learned.extend(encoded.learned)
             if encoded.ids:
                 ends.append(len(ids))
+                difficulties.append(difficulty_of(document) or 0)
         if num_empty:
             warnings.warn(f"{num_empty} empty documents were left out", stacklevel=2)
         flags = np.frombuffer(bytes(learned), dtype=bool)
@@ -49,6 +52,7 @@ class TokenCorpus:
             np.frombuffer(ids, dtype=np.int32) if ids else np.zeros(0, np.int32),
             np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, np.int64),
             None if flags.all() else flags,
+            np.frombuffer(difficulties, dtype=np.int32) if any(difficulties) else None,
         )
 
     @property
@@ -63,11 +67,13 @@ class TokenCorpus:
 
     @cached_property
     def digest(self) -> str:
-        """Of ids, ends and what is learned: what a run that goes on must find again."""
+        """Of ids, ends, what is learned, and difficulties: what a run that goes on must find again."""
         found = hashlib.sha256()
         for part in (self.ids, self.ends, self.learned):
             found.update(b"" if part is None else part.tobytes())
             found.update(b"|")
+        if self.difficulties is not None:
+            found.update(self.difficulties.tobytes())
         return found.hexdigest()
 
     def counts(self, vocab_size: int) -> Tensor:
@@ -82,6 +88,12 @@ class TokenCorpus:
     def documents_of(self, start: int, end: int) -> Tensor:
         """The number of the document that each of these tokens belongs to."""
         return torch.from_numpy(np.searchsorted(self.ends, np.arange(start, end), side="right"))
+
+    def difficulty_of(self, start: int, end: int) -> Tensor:
+        """The difficulty of the document that each of these tokens belongs to."""
+        if self.difficulties is None:
+            return torch.zeros(end - start, dtype=torch.long)
+        return torch.from_numpy(self.difficulties.astype(np.int64))[self.documents_of(start, end)]
 
     def learned_of(self, start: int, end: int) -> Tensor:
         """Whether each of these tokens is learned."""

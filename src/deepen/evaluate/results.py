@@ -33,7 +33,8 @@ class BaseOfStage(Config):
 class ScoredDocument(Config):
     """Sums over the scored tokens of one document; `id` is a digest of all its tokens that were read.
 
-    `nll` is in nats. `num_bytes` are those of the scored text's UTF-8.
+    `nll` is in nats. `num_bytes` are those of the scored text's UTF-8. `difficulty` is what its record says; None where
+    it says nothing, and in files of earlier versions.
     """
 
     id: str
@@ -41,6 +42,7 @@ class ScoredDocument(Config):
     num_tokens: int
     num_correct: int
     num_bytes: int
+    difficulty: int | None = None
 
     def validate(self) -> list[str]:
         """Counts that can't be."""
@@ -111,6 +113,19 @@ class AtRecursions(Config):
 
 
 @dataclass(frozen=True)
+class AtDifficulty(Config):
+    """Documents of one difficulty: the share of them in which every scored token was the most probable, the share of
+    tokens that were, and nats a token; `chance` is the share of tokens that a blind guess gets, where that is known."""
+
+    difficulty: int
+    num_documents: int
+    all_correct: float
+    token_accuracy: float
+    nll: float
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
 class StageResults(Config):
     """What `{stage}_results.json` holds.
 
@@ -121,7 +136,8 @@ class StageResults(Config):
     `training` is None for what no run of `deepen train` made, and in files of earlier versions. `looking_ahead` has the
     figures of a model that is trained by decisions that look at later tokens, by such decisions; None for all others.
     `depths` is None where all tokens run the same depth, and `at_recursions`, the same model run with other numbers of
-    recursions, where none were asked for; both in files of earlier versions.
+    recursions, where none were asked for; both in files of earlier versions. `by_difficulty` has a line for each
+    difficulty, None where no document tells its own, and in files of earlier versions.
 
     For a model that was trained as a whole, `base` is what it was trained from, and `method` what trained it.
     """
@@ -150,6 +166,7 @@ class StageResults(Config):
     looking_ahead: dict[str, Any] | None = None
     depths: DepthsOfStage | None = None
     at_recursions: tuple[AtRecursions, ...] | None = None
+    by_difficulty: tuple[AtDifficulty, ...] | None = None
 
     def validate(self) -> list[str]:
         """One message for each value that no stage can have."""

@@ -82,7 +82,7 @@ def measure(
         row = None if looks_ahead else guard_row(every, first_scored=first_scored)
         passed = {} if row is None else {"largest_move": require_causal(score, row)}
         for batch in every:
-            given = score(replace(batch, learned=None))
+            given = score(replace(batch, learned=None, difficulty=None))
             counted = given.scored & (torch.arange(given.scored.shape[1]) >= first_scored)
             if batch.learned is not None:
                 counted = counted & batch.learned
@@ -181,6 +181,7 @@ def _sums_of_rows(score: Score, batch: Batch, counted: Tensor, tokenizer: Tokeni
                     num_tokens=int(mask.sum()),
                     num_correct=int(score.correct[row][mask].sum()),
                     num_bytes=sum(num for num, counts in zip(num_bytes, mask.tolist(), strict=False) if counts),
+                    difficulty=None if batch.difficulty is None else int(batch.difficulty[row, 0]) or None,
                 )
             )
     return documents

@@ -27,6 +27,7 @@ from deepen.data.split import split_of_record
 from deepen.data.text import records
 from deepen.evaluate.agreement import widest_difference
 from deepen.evaluate.answers import answer_all, fitting
+from deepen.evaluate.difficulty import by_difficulty
 from deepen.evaluate.environment import environment, peak_memory_bytes
 from deepen.evaluate.metrics import generation_figures
 from deepen.evaluate.prompts import PROMPTS, Domain, DomainPrompt
@@ -336,6 +337,7 @@ class _Stage:
             seconds=self._clock.seconds,
             training=self._training,
             depths=measured.depths.result(num_recursions=self._num_recursions),
+            by_difficulty=by_difficulty(measured.documents, config.data),
         )
 
     def _subject(self) -> tuple[BaseOfStage, str | None, dict[str, Any] | None]:

@@ -47,9 +47,11 @@ class TRMConfig(Config):
     # The last outer steps, each of which is asked for the next token; only those with gradient can learn from it.
     supervise_steps: int = 1
     # Outer steps of a training batch. fixed: trm_T. uniform: 1 to T_max. lognormal_poisson: 1 and a Poisson number
-    # whose rate is log-normal, trm_T on average.
-    T_sampling: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
-    # The most that is drawn; null: for uniform 2 trm_T - 1, whose mean is trm_T, otherwise there is no bound.
+    # whose rate is log-normal, trm_T on average. By what each document tells of its difficulty, task: as many as that.
+    # fixed_point: from so many to T_max.
+    T_sampling: Literal["fixed", "uniform", "lognormal_poisson", "task", "fixed_point"] = "fixed"
+    # The most that is drawn, which fixed_point must be told; null: for uniform 2 trm_T - 1, whose mean is trm_T,
+    # otherwise there is no bound.
     T_max: int | None = None
 
     # When a position stops at inference. delta: its residual moves little. kl: its next-token distribution does.
@@ -78,6 +80,11 @@ class TRMConfig(Config):
     def threshold(self) -> float:
         """Of the halting rule; raises `KeyError` where there is none."""
         return DEFAULT_THRESHOLDS[self.halt] if self.halt_threshold is None else self.halt_threshold
+
+    @property
+    def draws_by_difficulty(self) -> bool:
+        """Whether each document has a T of its own in training."""
+        return self.T_sampling in ("task", "fixed_point")
 
     def layers_of(self, num_layers: int) -> tuple[int, ...]:
         """The layers behind which the refiner stands, ascending; raises `ConfigError` for one that isn't there."""
@@ -157,6 +164,11 @@ class TRMConfig(Config):
                 f"supervise_steps is {self.supervise_steps}, but gradients flow through the last "
                 f"{self.grad_outer_steps} outer steps alone; raise grad_outer_steps to {self.supervise_steps}"
             ]
+        if self.draws_by_difficulty and self.supervise_steps > 1:
+            return [
+                f"supervise_steps is {self.supervise_steps}, but with T_sampling {self.T_sampling} steps before "
+                "the last have come too soon for the answer; leave it at 1, or set T_sampling to uniform"
+            ]
         if self.T_sampling == "fixed" and self.grad_outer_steps > self.trm_T:
             return [
                 f"grad_outer_steps is {self.grad_outer_steps}, but there are {self.trm_T} outer steps; lower it, or "
@@ -166,10 +178,12 @@ class TRMConfig(Config):
 
     def _wrong_drawing(self) -> list[str]:
         if self.T_max is None:
-            return []
-        if self.T_sampling == "fixed":
+            missing = self.T_sampling == "fixed_point"
+            return ["T_sampling fixed_point draws up to T_max; set that to a number, as 16"] if missing else []
+        if self.T_sampling in ("fixed", "task"):
             return [
-                f"T_max {self.T_max} has no effect with T_sampling fixed; leave it out, or set T_sampling to uniform"
+                f"T_max {self.T_max} has no effect with T_sampling {self.T_sampling}; leave it out, or set T_sampling "
+                "to uniform"
             ]
         if self.T_sampling == "lognormal_poisson" and self.T_max < self.trm_T:
             return [f"T_max is {self.T_max}, below trm_T {self.trm_T}, the mean of what is drawn; raise it"]

@@ -1,20 +1,31 @@
-"""How many outer steps a training batch gets: one draw for all of its rows.
+"""How many outer steps a training batch gets.
+
+One draw for all of its rows:
 
     fixed                T
     uniform              1 .. T_max, each as likely
     lognormal_poisson    1 + Poisson(exp(tau)), tau ~ N(log(T - 1) - s^2 / 2, s): T on average, now and then many more
                          (Geiping et al. 2025, arXiv 2502.05171, s = 1/2)
 
+For each token, by the difficulty k that its document's record tells:
+
+    task                 k: as many as it needs, which nobody knows of a question that hasn't been answered
+    fixed_point          k .. T_max, each as likely, k where that is more: so that the answer, once found, stays
+
 Draws come from torch's generator, which the trainer seeds with the run's seed and the step before any rank or
 micro-batch has its part.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from deepen.core.types import Batch
+from deepen.core.errors import CannotTrain
+from deepen.core.types import Batch, Mean
 
 from .config import TRMConfig
 
@@ -28,19 +39,56 @@ class TRMBatch(Batch):
 
     num_outer: int = 0
     """Outer steps."""
+    own_outer: Int[Tensor, "B T"] | None = None
+    """How many of these each token takes; None: all."""
     halting_step: int = 0
     """The step after which the halting head is asked; 0 without one."""
 
+    per_token: ClassVar[tuple[str, ...]] = (*Batch.per_token, "own_outer")
+
+    @property
+    def mean_outer(self) -> Mean:
+        """Outer steps of a predicted token."""
+        if self.own_outer is None:
+            return Mean(float(self.num_outer))
+        own = self.own_outer[:, :-1][self.predicted()]
+        return Mean(float(own.sum()), float(own.numel()))
+
 
 def drawn_for(config: TRMConfig, batch: Batch) -> TRMBatch:
-    """`batch` with a draw of its own."""
-    num_outer = draw_outer_steps(config)
-    asked = draw_halting_step(num_outer) if config.halt == "learned" else 0
-    return TRMBatch(**vars(batch), num_outer=num_outer, halting_step=asked)
+    """`batch` with a draw of its own. Raises `CannotTrain` where T is the task's, and it doesn't tell."""
+    drawn = TRMBatch(**vars(batch))
+    if config.draws_by_difficulty:
+        own = draw_own_steps(config, batch)
+        predicted = batch.predicted()
+        num_outer = int(own[:, :-1][predicted].max()) if predicted.any() else 1
+        drawn = replace(drawn, num_outer=num_outer, own_outer=own.clamp(max=num_outer))
+    else:
+        drawn = replace(drawn, num_outer=draw_outer_steps(config))
+    asked = draw_halting_step(drawn.num_outer) if config.halt == "learned" else 0
+    return replace(drawn, halting_step=asked)
+
+
+def draw_own_steps(config: TRMConfig, batch: Batch) -> Int[Tensor, "B T"]:
+    """T of each token, at least 1."""
+    told = batch.difficulty
+    if told is None or not told[:, :-1][batch.predicted()].all():
+        raise CannotTrain(
+            f"T_sampling {config.T_sampling} takes outer steps by how difficult each example is, which this data "
+            'doesn\'t tell; train on a task, as task:pointer, or on answers with "difficulty" beside them, or set '
+            "T_sampling to uniform"
+        )
+    least = told.clamp(min=1)
+    if config.T_sampling == "task":
+        return least
+    assert config.T_max is not None, "the configuration asks for it"
+    # Drawn in float64, whose product never rounds up to the next whole number.
+    more = torch.rand(least.shape, dtype=torch.float64) * (config.T_max - least + 1).clamp(min=1)
+    return least + more.long()
 
 
 def draw_outer_steps(config: TRMConfig) -> int:
-    """T of the next batch."""
+    """T of the next batch, whatever is in it."""
     if config.T_sampling == "fixed":
         return config.trm_T
     if config.T_sampling == "uniform":

@@ -123,7 +123,7 @@ class TRMModel(nn.Module):
         """
         drawn, targets = _drawn(batch).to(self.backbone.device), Targets.of(batch.to(self.backbone.device))
         use_delta_attention(self.base)
-        ask = Ask(T=drawn.num_outer, halts=False, watch=watched_steps(self.config, drawn))
+        ask = Ask(drawn.num_outer, drawn.own_outer, halts=False, watch=watched_steps(self.config, drawn))
         with self.adapted(), self._asked(ask):
             given = {"input_ids": drawn.input_ids, "use_cache": False, "logits_to_keep": targets.places}
             logits: Tensor = self.base(**given).logits
@@ -142,7 +142,7 @@ class TRMModel(nn.Module):
         return losses
 
     def _metrics(self, drawn: TRMBatch) -> dict[str, Mean]:
-        return {} if self.refiner is None else {"refiner/outer_steps": Mean(float(drawn.num_outer))}
+        return {} if self.refiner is None else {"refiner/outer_steps": drawn.mean_outer}
 
     def step_work(self, batch: Batch) -> Work:
         """The base's, and the refiner's in it; see costs.py."""

@@ -31,10 +31,11 @@ NewStop = Callable[[Says], Stop | None]
 
 @dataclass(frozen=True)
 class Ask:
-    """How passes are to refine: `T` outer steps (None: the refiner's own), whether positions may halt before, which
-    steps are to be looked at afterwards."""
+    """How passes are to refine: `T` outer steps (None: the refiner's own), of which each token takes `own_T` `[B, T]`
+    (None: all), whether positions may halt before, which steps are to be looked at afterwards."""
 
     T: int | None = None
+    own_T: Tensor | None = None
     halts: bool = True
     watch: Collection[int] = ()
 
@@ -140,7 +141,9 @@ class LentRefiner:
         """`x` `[B, T, D]` at these positions."""
         stop = self._new_stop(self.says) if self._ask.halts else None
         evidence = self._evidence(place, x, places)
-        refined = self._refiner.refine(x[:, places], evidence, T=self._ask.T, stop=stop, watch=self._ask.watch)
+        ask = self._ask
+        own_T = None if ask.own_T is None else ask.own_T[:, places]
+        refined = self._refiner.refine(x[:, places], evidence, T=ask.T, own_T=own_T, stop=stop, watch=ask.watch)
         self.refined.append(refined)
         return refined
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from deepen.core.errors import DeepenError
@@ -206,13 +206,15 @@ class TRMRefiner(nn.Module):
         evidence: Evidence | None = None,
         *,
         T: int | None = None,
+        own_T: Int[Tensor, "B P"] | None = None,
         stop: Stop | None = None,
         watch: Collection[int] = (),
     ) -> Refined:
         """`T` outer steps at each position; the last `grad_outer_steps` of them with gradient.
 
-        Where `stop` says so a position stays as it is from then on, and the others never know. Steps in `watch` are
-        kept to be looked at.
+        With `own_T`, at most `T`, each position takes so many of them: the last `grad_outer_steps` of its own together
+        with those of all others, those before from the first on, and rests in between. Where `stop` says so a position
+        stays as it is from then on, and the others never know. Steps in `watch` are kept to be looked at.
         """
         assert (self.reader is None) == (evidence is None), "evidence is for those that read it, and they need it"
         num_steps, wide = self.T if T is None else T, self._own(x)
@@ -224,6 +226,9 @@ class TRMRefiner(nn.Module):
             learns = torch.is_grad_enabled() and number > num_steps - self.grad_outer_steps
             with torch.set_grad_enabled(learns):
                 new_d, new_z = self._outer_step(wide, from_x, d, z, evidence)
+                if own_T is not None:
+                    rests = self._rests(number, num_steps, own_T)[..., None]
+                    new_d, new_z = torch.where(rests, d, new_d), torch.where(rests, z, new_z)
                 if going is not None:
                     # Nobody else reads the z of a position that has stopped.
                     new_d = torch.where(going, new_d, d)
@@ -237,6 +242,11 @@ class TRMRefiner(nn.Module):
                 if not going.any():
                     return Refined(x, d, number, watched)
         return Refined(x, d, num_steps, watched)
+
+    def _rests(self, number: int, num_steps: int, own_T: Int[Tensor, "B P"]) -> Bool[Tensor, "B P"]:
+        """Which positions have made all steps but their last ones, whose turn has not come."""
+        num_last = own_T.clamp(max=self.grad_outer_steps)
+        return (number > own_T - num_last) & (number <= num_steps - num_last)
 
     def _outer_step(
         self, x: Tensor, from_x: Tensor, d: Tensor, z: Tensor, evidence: Evidence | None

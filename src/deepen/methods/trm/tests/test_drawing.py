@@ -1,5 +1,6 @@
 """Draws of outer steps: their range, their mean, and that a seed makes them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepen.core.errors import CannotTrain
+from deepen.core.types import Batch
 from deepen.methods.trm.config import TRMConfig
-from deepen.methods.trm.drawing import draw_halting_step, draw_outer_steps
+from deepen.methods.trm.drawing import draw_halting_step, draw_outer_steps, drawn_for
 
 NUM_DRAWS = 4000
 
@@ -63,6 +66,55 @@ def test_a_seed_draws_the_same_again(seed, kind):
         torch.manual_seed(seed)
         found.append([draw_outer_steps(config(T_sampling=kind, trm_T=5)) for _ in range(5)])
     assert found[0] == found[1]
+
+
+def hard(*difficulties: list[int], learned: list[list[bool]] | None = None) -> Batch:
+    told = torch.tensor(difficulties)
+    return Batch(
+        torch.zeros_like(told),
+        torch.full((len(told),), told.shape[1]),
+        learned=None if learned is None else torch.tensor(learned),
+        difficulty=told,
+    )
+
+
+class TestByDifficulty:
+    def test_each_token_gets_what_its_document_needs(self):
+        drawn = drawn_for(config(T_sampling="task"), hard([3, 3, 3], [5, 5, 0]))
+        assert drawn.own_outer is not None and drawn.own_outer.tolist() == [[3, 3, 3], [5, 5, 1]]
+        assert drawn.num_outer == 5
+        assert drawn.mean_outer.total == 16 and drawn.mean_outer.count == 4
+
+    def test_no_more_steps_are_made_than_predicted_tokens_need(self):
+        drawn = drawn_for(config(T_sampling="task"), hard([9, 9, 9, 2, 2], learned=[[False] * 4 + [True]]))
+        assert drawn.own_outer is not None and drawn.own_outer.tolist() == [[2] * 5]
+        assert drawn.num_outer == 2
+
+    def test_a_fixed_point_draws_from_there_to_the_most(self):
+        torch.manual_seed(0)
+        batch = hard([1] * NUM_DRAWS, [4] * NUM_DRAWS, [8] * NUM_DRAWS)
+        drawn = drawn_for(config(T_sampling="fixed_point", T_max=6), batch)
+        assert drawn.own_outer is not None
+        for row, (least, most) in zip(drawn.own_outer, [(1, 6), (4, 6), (8, 8)], strict=True):
+            found = torch.bincount(row, minlength=most + 1)
+            expected = NUM_DRAWS / (most - least + 1)
+            assert not found[:least].any() and len(found) == most + 1
+            assert ((found[least:] - expected).abs() < 5 * expected**0.5).all()
+
+    @pytest.mark.parametrize("batch", [replace(hard([2, 2]), difficulty=None), hard([2, 2], [0, 0])])
+    def test_data_that_does_not_tell_is_refused(self, batch):
+        with pytest.raises(CannotTrain, match=r"T_sampling task .* set T_sampling to uniform"):
+            drawn_for(config(T_sampling="task"), batch)
+
+    def test_what_is_not_predicted_need_not_tell(self):
+        batch = hard([0, 0, 4, 4], learned=[[False, False, False, True]])
+        assert drawn_for(config(T_sampling="task"), batch).num_outer == 4
+
+    def test_rows_take_their_own_steps_with_them(self):
+        drawn = drawn_for(config(T_sampling="task"), hard([3, 3, 3], [5, 5, 5])).rows([0])
+        assert drawn.own_outer is not None and drawn.own_outer.tolist() == [[3, 3, 3]]
+        # As all rows of the step.
+        assert drawn.num_outer == 5
 
 
 def test_the_halting_head_is_asked_after_every_step_but_the_last():

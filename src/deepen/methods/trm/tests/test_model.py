@@ -1,5 +1,6 @@
 """Decoding, scores and training steps of a base with a refiner."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -259,6 +260,46 @@ class TestDrawing:
         first = drawn(1)
         assert first == drawn(1) == drawn(1, num_micro_batches=2) != drawn(2)
         assert len(set(first)) > 2
+
+
+class TestStepsByDifficulty:
+    @staticmethod
+    def batch(*difficulties: int) -> Batch:
+        made = batch_of(rows(*range(9, 9 + len(difficulties))))
+        told = torch.tensor(difficulties)[:, None].expand(-1, made.input_ids.shape[1])
+        return replace(made, difficulty=told)
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    def test_each_row_is_a_row_of_a_model_of_so_many_steps(self, kind):
+        batch = self.batch(1, 3, 2)
+        losses = step(model(T_sampling="task", grad_outer_steps=2, **kind), batch).losses
+        alone = [scored(model(trm_T=T, **kind), batch.rows([row])) for row, T in enumerate((1, 3, 2))]
+        torch.testing.assert_close(losses["final_ce"].total, sum(alone), **TIGHT)
+
+    @pytest.mark.parametrize("sampling", [{"T_sampling": "task"}, {"T_sampling": "fixed_point", "T_max": 5}], ids=str)
+    @pytest.mark.parametrize("halting", [{}, {"halt": "learned"}], ids=str)
+    def test_micro_batches_move_the_same(self, sampling, halting):
+        found = []
+        for num_micro_batches in (1, 3):
+            made = model(mixing="evidence", grad_outer_steps=2, **sampling, **halting)
+            optimizers = make_optimizers(made, made.base)
+            steps = Steps(
+                StepModule(made, made.base), optimizers, lambda _: self.batch(1, 3, 2), num_steps=3,
+                num_micro_batches=num_micro_batches,
+            )  # fmt: skip
+            reports = [steps.take(index) for index in range(3)]
+            found.append((torch.cat([each.detach().flatten() for each in made.refiner.parameters()]), reports))
+        (one, reports), (other, others) = found
+        torch.testing.assert_close(other, one, **TIGHT)
+        means = [report.metrics["refiner/outer_steps"] for report in reports]
+        assert means == [report.metrics["refiner/outer_steps"] for report in others]
+        if sampling["T_sampling"] == "task":
+            assert means == [pytest.approx((8 * 1 + 9 * 3 + 10 * 2) / 27)] * 3
+
+    def test_scoring_and_decoding_know_no_difficulty(self):
+        made, plain = model(T_sampling="task", trm_T=2), model(trm_T=2)
+        assert torch.equal(made.score(self.batch(5, 1)).log_probs, plain.score(self.batch(1, 1)).log_probs)
+        assert ids_of(made, PROMPTS) == ids_of(plain, PROMPTS)
 
 
 class TestGroups:

@@ -101,6 +101,25 @@ def test_values_and_gradients_are_those_of_plain_loops(mixing, n, T, grad_outer_
         torch.testing.assert_close(one, other, **NEAR, msg=lambda said, name=name: f"{name}: {said}")
 
 
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("grad_outer_steps", [1, 2, 4])
+def test_each_position_takes_the_steps_that_are_its_own(mixing, grad_outer_steps):
+    made = refiner(n=2, mixing=mixing, grad_outer_steps=grad_outer_steps)
+    own_T = torch.tensor([[1, 3, 2, 4], [2, 1, 1, 3]])
+    x = some_x(2, 4).requires_grad_()
+    given_x = x.detach().clone().requires_grad_()
+    weight = some_x(2, 4, seed=2)
+    evidence = made.evidence_of(x, torch.ones(4, 4, dtype=torch.bool).tril()[None, None])
+    actual = made.refine(x, evidence, T=5, own_T=own_T)
+    by_T = {T: oracle(made, given_x, T=T, first_learning=max(1, T - grad_outer_steps + 1)) for T in range(1, 5)}
+    expected = sum((own_T == T)[..., None] * found for T, found in by_T.items())
+    torch.testing.assert_close(actual.hidden, expected, **NEAR)
+    ours = torch.autograd.grad((actual.hidden * weight).sum(), [x, *made.parameters()])
+    theirs = torch.autograd.grad((expected * weight).sum(), [given_x, *made.parameters()])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **NEAR)
+
+
 class TestUntrained:
     @pytest.mark.parametrize("mixing", MIXINGS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -102,6 +102,22 @@ def test_a_step_costs_what_is_told(kind, losses, trains):
     assert backward - above * pair_backward == work.backward_flops
 
 
+@pytest.mark.parametrize("learning", [1, 2])
+def test_positions_that_rest_cost_what_others_do(learning):
+    """All positions of a step compute, whatever becomes of it."""
+    torch.manual_seed(0)
+    made = TRMRefiner(7, 4, 2, 4, hidden=5, mixing="evidence", num_heads=2, grad_outer_steps=learning)
+    x, own_T = torch.randn(1, WIDTH, 7, requires_grad=True), torch.randint(1, 5, (1, WIDTH))
+    evidence, results = made.evidence_of(x, torch.ones(1, 1, WIDTH, WIDTH, dtype=torch.bool)), []
+    given = {"n": 2, "T": 4, "grad_outer_steps": learning, "x_learns": True}
+    sizes, extent = RefinerSizes.of(made), Extent(WIDTH, WIDTH, WIDTH * WIDTH)
+    work, entries = learning_work(sizes, extent, **given), Extent(0, WIDTH, 0)
+    of_entries = learning_work(sizes, entries, **given)
+    forward = counted_flops(lambda: results.append(made.refine(x, evidence, own_T=own_T)))
+    assert forward == work.forward_flops - of_entries.forward_flops
+    assert counted_flops(lambda: results[0].hidden.sum().backward()) == work.backward_flops
+
+
 @pytest.mark.parametrize("num_outer", [1, 2, 5])
 def test_a_step_costs_what_was_drawn_for_it(num_outer):
     made = model(base(dtype=torch.float32), mixing="evidence")
