@@ -5,8 +5,9 @@ residual h, brought to unit RMS, at every position, and what it makes of it is a
 
     head     hidden <- hidden + d(hidden)            layer    h <- h + d(norm(h))
 
-Evidence is of all positions. In a pass over a committed prefix its keys and values are kept in a store of the cache,
-one for each place; whole rows without a cache have it all at hand. Pads stand on the right of a row.
+Evidence is of all positions. Its keys and values are kept in the pass's cache, one store for each place; whole rows
+without a cache have it all at hand. In a cache of ours pads stand on the right of a row and are no part of it; in one
+of transformers' they stand where the mask says.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -15,15 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from deepen.backbones.added import added_entries, num_tokens, with_cache
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import UnsupportedBackbone
 
 from .halting import Says
 from .refiner import Evidence, Refined, Stop, TRMRefiner, to_unit_rms
+from .seeing import unmasked, up_to
 
 # Gives the halting rule of one pass at one place, None where all steps are made.
 NewStop = Callable[[Says], Stop | None]
@@ -42,14 +44,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class _Pass:
-    """The pass that is running: its cache, None without one, and the positions that get logits, None for all."""
+    """The pass that is running: its cache, None without one, how many tokens that had before it, which positions get
+    logits, and the mask of attention."""
 
-    cache: PrefixCache | None = None
+    cache: Any = None
+    num_before: int = 0
     kept: Tensor | int = 0
+    mask: Any = None
 
     def width(self, hidden: Tensor) -> int:
         """Positions without the pads that bring a pass to whole blocks."""
-        return hidden.shape[1] if self.cache is None or self.cache.window is None else self.cache.window.width
+        is_ours = isinstance(self.cache, PrefixCache) and self.cache.window is not None
+        return self.cache.window.width if is_ours else hidden.shape[1]
 
     def places(self, hidden: Tensor) -> Int[Tensor, "P"]:
         """Those that get logits."""
@@ -109,14 +115,17 @@ class LentRefiner:
         for layer in self._layers:
             yield self._backbone.layers[layer].register_forward_hook(self._behind(layer))
 
-    def _begin(self, _model: nn.Module, _args: object, given: dict[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         if self._is_aside:
-            return
-        cache = given.get("past_key_values")
+            return None
         if self._refiner.reader is not None:
-            _require_whole_rows(cache, given.get("attention_mask"))
-        own = cache if isinstance(cache, PrefixCache) else None
-        self._pass, self.refined = _Pass(own, given.get("logits_to_keep", 0)), []
+            # What the model would make itself, too late for the entries of this pass.
+            args, given = with_cache(model, args, given)
+        cache = given.get("past_key_values")
+        num_before = 0 if cache is None or isinstance(cache, PrefixCache) else num_tokens(cache)
+        self._pass = _Pass(cache, num_before, given.get("logits_to_keep", 0), given.get("attention_mask"))
+        self.refined = []
+        return args, given
 
     def _at_head(self, _decoder: nn.Module, _args: object, output: Any) -> Any:
         if self._is_aside:
@@ -148,29 +157,24 @@ class LentRefiner:
         return refined
 
     def _evidence(self, place: str, x: Tensor, places: Int[Tensor, "P"]) -> Evidence | None:
-        cache = self._pass.cache
-        if self._refiner.reader is None or cache is None or cache.window is None:
-            return self._refiner.evidence_of(x, _seen(places[None], x.shape[1]))
+        if self._refiner.reader is None:
+            return None
+        cache, name = self._pass.cache, f"the refiner at {place}"
+        if isinstance(cache, PrefixCache) and cache.window is not None:
+            return self._evidence_behind(cache, name, x, places)
+        entries = self._refiner.entries_of(x)
+        if cache is not None:
+            entries = added_entries(
+                cache, name, *entries, num_layers=self._backbone.num_layers, num_before=self._pass.num_before
+            )
+        last = self._pass.num_before + places
+        return Evidence(*entries, unmasked(up_to(last[None], entries[0].shape[2]), self._pass.mask, places, last))
+
+    def _evidence_behind(self, cache: PrefixCache, name: str, x: Tensor, places: Int[Tensor, "P"]) -> Evidence:
+        assert cache.window is not None, "a pass is open"
         offsets = torch.tensor(cache.window.offsets, device=x.device)
-        store = cache.added_store(f"the refiner at {place}")
-        entries = store.update(*self._refiner.entries_of(x[:, : cache.window.width]))
+        entries = cache.added_store(name).update(*self._refiner.entries_of(x[:, : cache.window.width]))
         # The store has room beyond the longest row.
         num_entries = max(map(sum, zip(cache.window.offsets, cache.window.widths, strict=True)))
         keys, values = (each[:, :, :num_entries] for each in entries)
-        return Evidence(keys, values, _seen(offsets[:, None] + places, num_entries))
-
-
-def _seen(last: Int[Tensor, "B P"], num_entries: int) -> Bool[Tensor, "B 1 P {num_entries}"]:
-    """Each position sees the entries up to its own."""
-    return (torch.arange(num_entries, device=last.device) <= last[..., None])[:, None]
-
-
-def _require_whole_rows(cache: Any, mask: Any) -> None:
-    """Evidence must hold every token that came before."""
-    if cache is not None and not isinstance(cache, PrefixCache) and cache.get_seq_length() > 0:
-        raise UnsupportedBackbone(
-            f"mixing evidence reads entries of its own, which a {type(cache).__name__} of transformers has no place "
-            "for; decode with deepen's generate, or give whole rows without a cache"
-        )
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, 0].all():
-        raise UnsupportedBackbone("mixing evidence knows pads on the right of rows only, and a row begins with one")
+        return Evidence(keys, values, up_to(offsets[:, None] + places, num_entries))

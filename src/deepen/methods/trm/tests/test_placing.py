@@ -1,6 +1,7 @@
 """A refiner in a base's passes: against the same written into the model, whole and in pieces behind a cache."""
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from trm_models import KINDS, base, forward, model, some_ids
 
 from deepen.backbones import tiny
@@ -206,19 +207,100 @@ class TestRefused:
         with pytest.raises(ConfigError, match="placement names layer 4"):
             model(placement=[1, 4])
 
-    @pytest.mark.parametrize("placement", ["head", (1,)])
-    def test_evidence_behind_what_another_kind_of_cache_has_read(self, placement):
-        made, cache = model(mixing="evidence", placement=placement), DynamicCache()
-        with torch.no_grad(), made.adapted():
-            logits = made.base(input_ids=some_ids(1, 4), past_key_values=cache, use_cache=True).logits
-            with pytest.raises(UnsupportedBackbone, match="a DynamicCache of transformers has no place for"):
-                made.base(input_ids=some_ids(1, 1), past_key_values=cache, use_cache=True)
-        torch.testing.assert_close(logits, forward(made, some_ids(1, 4)), **TIGHT)
 
-    def test_evidence_behind_pads_on_the_left(self):
-        made, mask = model(mixing="evidence"), torch.tensor([[0, 1, 1], [1, 1, 1]])
-        with made.adapted(), pytest.raises(UnsupportedBackbone, match="a row begins with one"):
-            made.base(input_ids=some_ids(2, 3), attention_mask=mask)
+CACHES: dict[str, Callable[[Any], Cache]] = {
+    "made by the model": lambda config: None,
+    "dynamic": lambda config: DynamicCache(),
+    "dynamic, of its layers": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=LENGTH + 3),
+}
+
+
+class TestCachesOfTransformers:
+    @staticmethod
+    def read(made: TRMModel, ids: Tensor, cache: Any, cuts: list[int]) -> Tensor:
+        edges = sorted({0, *(cut for cut in cuts if cut < ids.shape[1]), ids.shape[1]})
+        parts = []
+        with torch.no_grad(), made.adapted():
+            for start, end in pairwise(edges):
+                output = made.base(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                parts.append(output.logits)
+        return torch.cat(parts, dim=1)
+
+    @given(
+        st.sampled_from(sorted(CACHES)), st.sampled_from(KINDS), st.sampled_from(HALTING[:2]),
+        st.lists(st.integers(1, LENGTH - 1), max_size=4), st.sampled_from(["llama", "nanochat"]),
+    )  # fmt: skip
+    def test_in_any_pieces_rows_are_what_they_are_as_a_whole(self, cache, kind, halting, cuts, name):
+        made, ids = model(name, trm_T=4, **kind, **halting), some_ids(2, LENGTH)
+        logits = self.read(made, ids, CACHES[cache](made.base.config), cuts)
+        torch.testing.assert_close(logits, forward(made, ids), **TIGHT)
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_tokens_are_taken_back_rows_chosen_and_all_forgotten(self, kind, cache):
+        made, ids = model(**kind), some_ids(3, LENGTH)
+        held = CACHES[cache](made.base.config)
+        self.read(made, ids, held, [4])
+        if cache == "static":
+            held.reset()
+            torch.testing.assert_close(self.read(made, ids, held, [6]), forward(made, ids), **TIGHT)
+            return
+        held.crop(-5)
+        held.reorder_cache(torch.tensor([2, 0, 0]))
+        rows = ids[[2, 0, 0]]
+        rest = self.read(made, rows[:, -5:], held, [2])
+        torch.testing.assert_close(rest, forward(made, rows)[:, -5:], **TIGHT)
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize("cache", sorted(CACHES))
+    def test_pads_on_the_left_are_no_evidence(self, kind, cache):
+        made, ids = model(**kind), some_ids(2, LENGTH)
+        mask = torch.ones(2, LENGTH, dtype=torch.long)
+        mask[1, :5] = 0
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        held, parts = CACHES[cache](made.base.config), []
+        with torch.no_grad(), made.adapted():
+            for start, end in ((0, 9), (9, LENGTH)):
+                output = made.base(
+                    input_ids=ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                    past_key_values=held, use_cache=True,
+                )  # fmt: skip
+                held = output.past_key_values
+                parts.append(output.logits)
+        logits = torch.cat(parts, dim=1)
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits[0], forward(made, ids[:1])[0], **TIGHT)
+        torch.testing.assert_close(logits[1, 5:], forward(made, ids[1:, 5:])[0], **TIGHT)
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    @pytest.mark.parametrize(
+        "ways",
+        [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}],
+        ids=str,
+    )
+    def test_what_transformers_generates_is_what_it_does_without_a_cache(self, kind, ways):
+        made, ids = model(**kind), some_ids(1, 9)
+        given = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        beams = {name: value for name, value in ways.items() if name == "num_beams"}
+        with torch.no_grad(), made.adapted():
+            expected = made.base.generate(ids, use_cache=False, **given, **beams)
+            assert torch.equal(made.base.generate(ids, **given, **ways), expected)
+
+    @pytest.mark.parametrize("placement", ["head", (1,)])
+    def test_tokens_that_were_read_without_the_refiner_are_refused(self, placement):
+        made, cache = model(mixing="evidence", placement=placement), DynamicCache()
+        made.base(input_ids=some_ids(1, 4), past_key_values=cache, use_cache=True)
+        with made.adapted(), pytest.raises(UnsupportedBackbone, match="holds 4 tokens that were read without the refi"):
+            made.base(input_ids=some_ids(1, 1), past_key_values=cache, use_cache=True)
+
+    def test_arguments_may_have_no_names(self):
+        made, ids, cache = model(mixing="evidence"), some_ids(1, 6), DynamicCache()
+        with torch.no_grad(), made.adapted():
+            made.base(ids[:, :4], None, None, cache, use_cache=True)
+            logits = made.base(ids[:, 4:], None, None, cache, use_cache=True).logits
+        torch.testing.assert_close(logits, forward(made, ids)[:, 4:], **TIGHT)
 
     def test_positions_by_themselves_take_any_cache(self):
         """A transformers cache has all that they need."""
