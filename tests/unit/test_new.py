@@ -227,6 +227,21 @@ class TestShipped:
         assert read_config("llama-1m") == SMALL
         assert read_config("llama-1m.json")["hidden_size"] == 128
 
+    @pytest.mark.parametrize(("depth", "width"), [(1, 128), (3, 256), (4, 256), (12, 768), (20, 1280), (32, 2048)])
+    def test_of_a_nanochat_all_sizes_follow_from_its_depth(self, depth, width):
+        config = read_config(f"nanochat-d{depth}")
+        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        assert [config[name] for name in sizes] == [depth, width, 4 * width, width // 128, width // 128]
+        if depth < 5:
+            backbone = new_model(config, byte_tokenizer()).backbone
+            of_layers = sum(parameter.numel() for parameter in backbone.layers.parameters())
+            assert of_layers == 12 * depth * width**2 and backbone.context_length == 2048
+
+    @pytest.mark.parametrize("depth", [0, 129, 10**9])
+    def test_a_depth_that_can_not_be(self, depth):
+        with pytest.raises(ConfigError, match=f"has {depth} layers; give 1 to 128, as in nanochat-d4"):
+            read_config(f"nanochat-d{depth}")
+
     def test_neither(self, tmp_path):
         with pytest.raises(ConfigError, match='neither a file nor a shipped configuration; did you mean "llama-1m"'):
             read_config("lama-1m")

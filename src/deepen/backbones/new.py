@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deepen.backbones.architectures import method_of_model
+from deepen.backbones.dial import config_by_depth
 from deepen.backbones.hf import Backbone
 from deepen.backbones.quiet import no_deprecations
 from deepen.backbones.resolve import Loaded
@@ -124,10 +125,16 @@ def config_paths() -> dict[str, Path]:
 
 
 def read_config(name_or_path: str | Path) -> dict[str, Any]:
-    """The configuration in a file, else the shipped one of that name; raises `ConfigError` if there is neither."""
+    """The configuration in a file, else the shipped one of that name, or by depth, as `nanochat-d4` (dial.py).
+
+    Raises `ConfigError` if there is none.
+    """
     path, shipped = Path(name_or_path).expanduser(), config_paths()
     if not path.is_file():
         name = str(name_or_path).removesuffix(".json")
+        by_depth = config_by_depth(name)
+        if by_depth is not None:
+            return by_depth
         if name not in shipped:
             raise ConfigError(
                 f'"{name_or_path}" is neither a file nor a shipped configuration{did_you_mean(name, shipped)}'

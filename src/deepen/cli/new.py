@@ -19,8 +19,8 @@ class Options:
     Its weights are random; or, with --from and an architecture that can, those of a pretrained model put to another
     use. Then sizes, vocabulary and tokenizer are that model's, and the loss before training is told beside its loss.
 
-    Shipped configurations: llama-1m, llama-5m, nanochat-1m, and those that methods bring (`deepen methods`), as
-    mor-1m-nr3.
+    Shipped configurations: llama-1m, llama-5m, nanochat-1m, nanochat-dN, all of whose sizes follow from its N layers
+    (nanochat-d4), and those that methods bring (`deepen methods`), as mor-1m-nr3.
     """
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.json")]
