@@ -31,4 +31,6 @@ def test_a_model_is_made_trained_and_evaluated(tmp_path, monkeypatch, capsys):
     # One answer each, of which the prompt is not scored.
     assert results["figures"]["num_documents"] == results["figures"]["num_tokens"] == 20
     assert 'unknown key "hop"' in refused(capsys, "evaluate m --stage baseline --data task:pointer,hop=3")
+    out = said(capsys, f"new small.json --tokenizer {TASK} --data {TASK} --out same")
+    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (tmp_path / "m" / "tokenizer.json").read_bytes()
     assert 'unknown task "pointr"' in refused(capsys, "new small.json --tokenizer task:pointr --out n")

@@ -28,7 +28,7 @@ from deepen.core.registry import discover
 from deepen.data.formats import Text, Tokens, document_of
 from deepen.data.split import records_of
 from deepen.data.tasks.address import PREFIX as TASK_PREFIX
-from deepen.data.tasks.address import task_named
+from deepen.data.tasks.address import read_task
 from deepen.data.tokenizer import byte_tokenizer, train_bpe, word_tokenizer
 
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -94,15 +94,16 @@ def derived_model(
 
 
 def new_tokenizer(name: str, *, corpus: str | None = None) -> Any:
-    """`bytes`; `task:NAME`, the words of a task; or `bpe:N`, N ids made of the training documents of `corpus`.
+    """`bytes`; `task:NAME`, the words of a task, whatever settings are behind that; or `bpe:N`, N ids made of the
+    training documents of `corpus`.
 
-    Raises `ConfigError` for another name, and for a corpus that is missing or of no use; `AddressError` for an unknown
-    task; and what reading the corpus raises.
+    Raises `ConfigError` for another name, and for a corpus that is missing or of no use; what `read_task` raises for an
+    unknown task or setting; and what reading the corpus raises.
     """
     if name == "bytes":
         return byte_tokenizer()
     if name.startswith(TASK_PREFIX):
-        return word_tokenizer(task_named(name.removeprefix(TASK_PREFIX)).vocabulary().words)
+        return word_tokenizer(read_task(name).vocabulary().words)
     size = re.fullmatch(r"bpe:(\d{1,7})", name)
     if size is None:
         raise ConfigError(
