@@ -84,6 +84,16 @@ class TestAnswers:
         ):
             assert {example.difficulty for example in some(address, count=40)} == set(range(low, high + 1))
 
+    @pytest.mark.parametrize("address", ["task:pointer", "task:map"])
+    def test_a_question_may_leave_the_hops_untold(self, address):
+        told, untold = some(address), some(f"{address},hops_told=0")
+        assert [(each.answer, each.difficulty, each.instance) for each in untold] == [
+            (each.answer, each.difficulty, each.instance) for each in told
+        ]
+        for one, other in zip(told, untold, strict=True):
+            *before, hops, mark = one.prompt
+            assert other.prompt == (*before, mark) and hops == str(one.difficulty)
+
     def test_difficulty_is_what_there_is_to_do(self):
         found = {name: some(f"task:{name}", count=20) for name in TASKS}
         for name in ("pointer", "phop", "map"):
@@ -377,6 +387,8 @@ class TestAddresses:
             ("task:pointer,nodes=7", "nodes must be within 8-64, not 7"),
             ("task:pointer,nodes=8-16", 'nodes must be an integer, not "8-16"'),
             ("task:pointer,examples=0", "examples must be within 1-10000000, not 0"),
+            ("task:pointer,hops_told=2", "hops_told must be within 0-1, not 2"),
+            ("task:map,hops_told=2", "hops_told must be within 0-1, not 2"),
             ("task:phop,length=32", "length must be at least 64, twice what 8 hops over 4 symbols go back"),
             ("task:phop,symbols=2", "symbols must be within 3-26, not 2"),
             ("task:map,hops=1", "hops must go up to 2 at least"),

@@ -41,6 +41,8 @@ class IteratedMap(Task):
 
     nodes: int = MOST_NODES
     hops: tuple[int, int] = (1, 8)
+    # 0: the question doesn't say how many; only a model can answer whose depth is set from outside.
+    hops_told: int = 1
     # Another map for each number.
     map_seed: int = 0
 
@@ -50,6 +52,7 @@ class IteratedMap(Task):
             *super().validate(),
             *outside("nodes", self.nodes, (32, MOST_NODES)),
             *outside("hops", self.hops, (1, MOST_COUNTED)),
+            *outside("hops_told", self.hops_told, (0, 1)),
             *outside("map_seed", self.map_seed, (0, 2**63 - 1)),
         ]
         if not problems and not 2 <= self.hops[1] < self.nodes:
@@ -70,7 +73,8 @@ class IteratedMap(Task):
         node = start
         for _ in range(hops):
             node = _map(self.nodes, self.map_seed)[node]
-        return Example((f"n{start}", str(hops), ANSWER), (f"n{node}",), hops, self._instance(start, hops))
+        told = (str(hops),) * self.hops_told
+        return Example((f"n{start}", *told, ANSWER), (f"n{node}",), hops, self._instance(start, hops))
 
     def chance(self, difficulty: int) -> float:
         """Fewer hops than nodes never lead back; all other nodes are alike."""

@@ -25,6 +25,8 @@ class Pointer(DrawnTask):
 
     nodes: int = 32
     hops: tuple[int, int] = (1, 8)
+    # 0: the question doesn't say how many; only a model can answer whose depth is set from outside.
+    hops_told: int = 1
 
     def validate(self) -> list[str]:
         """Nodes or hops for which there are no words, or too few tables to divide among splits."""
@@ -32,6 +34,7 @@ class Pointer(DrawnTask):
             *super().validate(),
             *outside("nodes", self.nodes, (8, MOST_NODES)),
             *outside("hops", self.hops, (1, MOST_COUNTED)),
+            *outside("hops_told", self.hops_told, (0, 1)),
         ]
 
     def draw(self, draws: Draws, split: Split) -> Example | None:
@@ -45,7 +48,8 @@ class Pointer(DrawnTask):
         node = start
         for _ in range(hops):
             node = table[node]
-        return Example((*pairs, f"n{start}", str(hops), ANSWER), (f"n{node}",), hops, instance)
+        told = (str(hops),) * self.hops_told
+        return Example((*pairs, f"n{start}", *told, ANSWER), (f"n{node}",), hops, instance)
 
     def chance(self, difficulty: int) -> float:
         """Of guessing the start: its circle is as likely of any length, and leads back after each divisor of hops.

@@ -1,0 +1,236 @@
+"""What recursion is worth where answers need hops: arms beside each other on a generated task, from several seeds.
+
+    PYTHONPATH=src python benchmarks/hops.py map --jobs 2
+
+benchmarks/hops/NAME.json says the task, the trunk's shape, the arms, rates, seeds and the run that all share. An arm's
+learning rate is the one of `rates` with the lowest loss on validation examples, from a seed that is used for nothing
+else. Trained arms answer test examples of each number of hops, also of more than training has shown; refiners with each
+number of outer steps of `T`, and where training took as many as there are hops, with that many: what no question tells,
+an oracle.
+
+Everything lies in RUNS/NAME and OUT/NAME, and what is there isn't made again; OUT/NAME/summary.json has the figures.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from commands import deepen, last_checkpoint
+
+from deepen.backbones.new import new_model, new_tokenizer
+from deepen.checkpoint import open_model, save_model
+from deepen.core.config import Config
+from deepen.core.files import read_json, write_json
+from deepen.data.measured import documents_of, measured_batch, measured_rows
+from deepen.data.records import Split
+from deepen.data.tasks import read_task
+from deepen.evaluate.environment import environment
+from deepen.evaluate.scoring import Measured, measure
+from deepen.generate.scoring import score_at_once
+
+HERE = Path(__file__).parent
+SWEEP_SEED = 100
+BATCH_SIZE = 256
+ORACLE = "hops"
+"""The number of outer steps that is the number of hops."""
+
+
+@dataclass(frozen=True)
+class Comparison(Config):
+    """One file of benchmarks/hops.
+
+    `train` is an address; `test` another, in which {hops} stands for each number of hops. The arms in `arms` have
+    "shape", fields that differ from `shape`, "refiner", its configuration beside what `refiner` says of all, and
+    "settings", more of the task's for both addresses; all may be left out.
+    """
+
+    train: str
+    test: str
+    trained: tuple[int, ...]
+    beyond: tuple[int, ...]
+    shape: dict[str, Any]
+    refiner: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    T: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    run: dict[str, Any]
+
+    def data_of(self, arm: str) -> str:
+        """What an arm is trained on."""
+        return self.train + self.arms[arm].get("settings", "")
+
+    def asked_of(self, arm: str, hops: int) -> str:
+        """What an arm is asked."""
+        return self.test.format(hops=hops) + self.arms[arm].get("settings", "")
+
+    @property
+    def hops(self) -> tuple[int, ...]:
+        """All that are asked for."""
+        return self.trained + self.beyond
+
+    def steps_of(self, arm: str) -> list[int | str | None]:
+        """The numbers of outer steps that an arm answers with, that of its training first; None: it has no refiner."""
+        own = self.arms[arm].get("refiner")
+        if own is None:
+            return [None]
+        return [*([ORACLE] if own.get("T_sampling") == "task" else []), *self.T]
+
+    def training_of(self, arm: str) -> dict[str, Any]:
+        """What an arm's run says of its method; nothing where the model brings its own."""
+        fields = self.arms[arm]
+        if "refiner" in fields:
+            return {"method": "trm", "config": {**self.refiner, **fields["refiner"]}}
+        return {} if "model_type" in fields.get("shape", {}) else {"method": "dense", "config": "full"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A comparison, and where its runs and results lie."""
+
+    comparison: Comparison
+    runs: Path
+    out: Path
+
+    def rate_of(self, arm: str) -> float:
+        """The best of those that were tried."""
+        found = {rate: self._tried(arm, rate) for rate in self.comparison.rates}
+        return min(found, key=found.__getitem__)
+
+    def rates(self) -> dict[str, dict[str, float]]:
+        """What every rate of every arm gave: nats a token on validation examples."""
+        return {arm: {f"{r:g}": self._tried(arm, r) for r in self.comparison.rates} for arm in self.comparison.arms}
+
+    def _tried(self, arm: str, rate: float) -> float:
+        kept = self.out / "sweep" / f"{named(arm)}-{rate:g}.json"
+        if not kept.exists():
+            folder = self._trained(arm, SWEEP_SEED, rate, f"sweep/{named(arm)}-{rate:g}")
+            steps = self.comparison.steps_of(arm)[0]
+            found = [self._answered(arm, folder, steps, hops, "validation") for hops in self.comparison.trained]
+            nats = sum(each.figures["nll"] * each.figures["num_tokens"] for each in found)
+            write_json(kept, {"validation_nll": nats / sum(each.figures["num_tokens"] for each in found)})
+        return float(read_json(kept)["validation_nll"])
+
+    def finish(self, arm: str, seed: int) -> None:
+        """Train an arm from a seed, and let it answer."""
+        kept = self.out / f"{named(arm)}-{seed}.json"
+        if kept.exists():
+            return
+        rate = self.rate_of(arm)
+        folder = self._trained(arm, seed, rate, f"{named(arm)}-{seed}")
+        accuracy = {
+            str(steps): {str(hops): self._accuracy(arm, folder, steps, hops) for hops in self.comparison.hops}
+            for steps in self.comparison.steps_of(arm)
+        }
+        opened = open_model(str(folder))
+        ledger = read_json(folder / "ledger.json")
+        costs = {name: ledger[name] for name in ("parameters_unique", "steps", "tokens", "training_flops")}
+        content = {"learning_rate": rate, "accuracy": accuracy, "ledger": costs}
+        write_json(kept, {**content, "environment": environment(opened.backbone)})
+        print("done:", kept.name, flush=True)
+
+    def _trained(self, arm: str, seed: int, rate: float, name: str) -> Path:
+        """The last checkpoint of a run, made now unless it is there."""
+        folder, model = self.runs / name, self.runs / "models" / f"{named(arm)}-{seed}"
+        fields = self.comparison.arms[arm]
+        if not model.exists():
+            shape = {**self.comparison.shape, **fields.get("shape", {})}
+            made = new_model(shape, new_tokenizer(self.comparison.train), seed=seed)
+            save_model(model, backbone=made.backbone, tokenizer=made.tokenizer)
+        run = {
+            **self.comparison.run,
+            **self.comparison.training_of(arm),
+            "model": str(model),
+            "data": self.comparison.data_of(arm),
+            "seed": seed,
+            "learning_rate": rate,
+            "output_dir": str(folder),
+        }
+        file = self.runs / "files" / f"{name.replace('/', '-')}.json"
+        write_json(file, run)
+        deepen("train", str(file), log=self.runs / "logs" / f"{name.replace('/', '-')}.log", threads=1)
+        return last_checkpoint(folder)
+
+    def _accuracy(self, arm: str, folder: Path, steps: int | str | None, hops: int) -> float:
+        """The share of test answers of which every token is right."""
+        documents = self._answered(arm, folder, steps, hops, "test").documents
+        return sum(each.num_correct == each.num_tokens for each in documents) / len(documents)
+
+    def _answered(self, arm: str, folder: Path, steps: int | str | None, hops: int, split: Split) -> Measured:
+        overrides = {} if steps is None else {"trm_T": hops if steps == ORACLE else steps}
+        opened = open_model(str(folder), overrides=overrides)
+        score = opened.model.score if opened.model is not None else partial(score_at_once, opened.backbone)
+        documents = documents_of(self.comparison.asked_of(arm, hops), split)
+        rows = list(measured_rows(documents, opened.tokenizer, max_length=10**6, max_tokens=10**9))
+        batches = [measured_batch(rows[start : start + BATCH_SIZE]) for start in range(0, len(rows), BATCH_SIZE)]
+        return measure(score, batches, tokenizer=opened.tokenizer, first_scored=1)
+
+    def summary(self) -> dict[str, Any]:
+        """All figures that are there, as plain JSON types."""
+        comparison = self.comparison
+        arms = {arm: self._runs_of(arm) for arm in comparison.arms}
+        chance = {hops: read_task(comparison.test.format(hops=hops)).chance(hops) for hops in comparison.hops}
+        return {
+            "command": f"PYTHONPATH=src python benchmarks/hops.py {self.out.name}",
+            "validation_nll_by_rate": self.rates(),
+            "chance": {str(hops): each for hops, each in chance.items()},
+            "arms": {arm: self._table(arm, runs) for arm, runs in arms.items() if runs},
+        }
+
+    def _runs_of(self, arm: str) -> list[Mapping[str, Any]]:
+        paths = [self.out / f"{named(arm)}-{seed}.json" for seed in self.comparison.seeds]
+        return [read_json(path) for path in paths if path.exists()]
+
+    def _table(self, arm: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Of each number of outer steps the accuracy on trained hops and beyond, seed by seed, and by hops over all."""
+        comparison = self.comparison
+        by_steps = {}
+        for steps in map(str, comparison.steps_of(arm)):
+            found = [run["accuracy"][steps] for run in runs]
+            by_steps[steps] = {
+                "trained": [over(each, comparison.trained) for each in found],
+                "beyond": [over(each, comparison.beyond) for each in found],
+                "by_hops": {str(hops): fmean(each[str(hops)] for each in found) for hops in comparison.hops},
+            }
+        costs = {name: fmean(run["ledger"][name] for run in runs) for name in runs[0]["ledger"]}
+        return {"learning_rate": runs[0]["learning_rate"], **costs, "outer_steps": by_steps}
+
+
+def named(arm: str) -> str:
+    """An arm in a file's name."""
+    return arm.replace(",", "").replace(" ", "-")
+
+
+def over(accuracy: Mapping[str, float], hops: Iterable[int]) -> float:
+    """The mean over numbers of hops."""
+    return fmean(accuracy[str(each)] for each in hops)
+
+
+def main() -> None:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(each.stem for each in (HERE / "hops").glob("*.json")))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--out", default=str(HERE / "results" / "hops"))
+    parser.add_argument("--runs", default="runs/hops")
+    options = parser.parse_args()
+    comparison = Comparison.from_file(HERE / "hops" / f"{options.name}.json")
+    bench = Bench(comparison, Path(options.runs) / options.name, Path(options.out) / options.name)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(bench.rate_of, comparison.arms))
+        list(
+            pool.map(lambda each: bench.finish(*each), ((arm, s) for s in comparison.seeds for arm in comparison.arms))
+        )
+    summary = bench.summary()
+    write_json(bench.out / "summary.json", summary)
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()
