@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any
 
 from commands import deepen, last_checkpoint
 
 from deepen.backbones.new import new_model, new_tokenizer
-from deepen.checkpoint import open_model, save_model
+from deepen.checkpoint import Opened, open_model, save_model
 from deepen.core.config import Config
 from deepen.core.files import read_json, write_json
 from deepen.data.measured import documents_of, measured_batch, measured_rows
@@ -33,12 +34,16 @@ from deepen.data.tasks import read_task
 from deepen.evaluate.environment import environment
 from deepen.evaluate.scoring import Measured, measure
 from deepen.generate.scoring import score_at_once
+from deepen.methods.trm.config import TRMConfig
 
 HERE = Path(__file__).parent
 SWEEP_SEED = 100
 BATCH_SIZE = 256
 ORACLE = "hops"
 """The number of outer steps that is the number of hops."""
+
+# Random states and what transformers patches while it makes a model are the process's.
+_models = Lock()
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Comparison(Config):
         own = self.arms[arm].get("refiner")
         if own is None:
             return [None]
-        return [*([ORACLE] if own.get("T_sampling") == "task" else []), *self.T]
+        trained = ORACLE if own.get("T_sampling") == "task" else own.get("T_max", own.get("trm_T", TRMConfig.trm_T))
+        return [trained, *(each for each in self.T if each != trained)]
 
     def training_of(self, arm: str) -> dict[str, Any]:
         """What an arm's run says of its method; nothing where the model brings its own."""
@@ -128,21 +134,21 @@ class Bench:
             str(steps): {str(hops): self._accuracy(arm, folder, steps, hops) for hops in self.comparison.hops}
             for steps in self.comparison.steps_of(arm)
         }
-        opened = open_model(str(folder))
         ledger = read_json(folder / "ledger.json")
         costs = {name: ledger[name] for name in ("parameters_unique", "steps", "tokens", "training_flops")}
         content = {"learning_rate": rate, "accuracy": accuracy, "ledger": costs}
-        write_json(kept, {**content, "environment": environment(opened.backbone)})
+        write_json(kept, {**content, "environment": environment(opened(folder).backbone)})
         print("done:", kept.name, flush=True)
 
     def _trained(self, arm: str, seed: int, rate: float, name: str) -> Path:
         """The last checkpoint of a run, made now unless it is there."""
         folder, model = self.runs / name, self.runs / "models" / f"{named(arm)}-{seed}"
         fields = self.comparison.arms[arm]
-        if not model.exists():
-            shape = {**self.comparison.shape, **fields.get("shape", {})}
-            made = new_model(shape, new_tokenizer(self.comparison.train), seed=seed)
-            save_model(model, backbone=made.backbone, tokenizer=made.tokenizer)
+        with _models:
+            if not model.exists():
+                shape = {**self.comparison.shape, **fields.get("shape", {})}
+                made = new_model(shape, new_tokenizer(self.comparison.train), seed=seed)
+                save_model(model, backbone=made.backbone, tokenizer=made.tokenizer)
         run = {
             **self.comparison.run,
             **self.comparison.training_of(arm),
@@ -164,12 +170,12 @@ class Bench:
 
     def _answered(self, arm: str, folder: Path, steps: int | str | None, hops: int, split: Split) -> Measured:
         overrides = {} if steps is None else {"trm_T": hops if steps == ORACLE else steps}
-        opened = open_model(str(folder), overrides=overrides)
-        score = opened.model.score if opened.model is not None else partial(score_at_once, opened.backbone)
+        made = opened(folder, overrides)
+        score = made.model.score if made.model is not None else partial(score_at_once, made.backbone)
         documents = documents_of(self.comparison.asked_of(arm, hops), split)
-        rows = list(measured_rows(documents, opened.tokenizer, max_length=10**6, max_tokens=10**9))
+        rows = list(measured_rows(documents, made.tokenizer, max_length=10**6, max_tokens=10**9))
         batches = [measured_batch(rows[start : start + BATCH_SIZE]) for start in range(0, len(rows), BATCH_SIZE)]
-        return measure(score, batches, tokenizer=opened.tokenizer, first_scored=1)
+        return measure(score, batches, tokenizer=made.tokenizer, first_scored=1)
 
     def summary(self) -> dict[str, Any]:
         """All figures that are there, as plain JSON types."""
@@ -200,6 +206,12 @@ class Bench:
             }
         costs = {name: fmean(run["ledger"][name] for run in runs) for name in runs[0]["ledger"]}
         return {"learning_rate": runs[0]["learning_rate"], **costs, "outer_steps": by_steps}
+
+
+def opened(folder: Path, overrides: Mapping[str, Any] | None = None) -> Opened:
+    """A trained model, with other settings."""
+    with _models:
+        return open_model(str(folder), overrides=overrides)
 
 
 def named(arm: str) -> str:

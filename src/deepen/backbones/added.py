@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from deepen.core.errors import UnsupportedBackbone
 
@@ -24,7 +24,11 @@ def with_cache(
     given = {**signature(model.forward).bind_partial(*args).arguments, **given}
     config: Any = model.config
     wants = given.get("use_cache")
-    if given.get("past_key_values") is None and (config.use_cache if wants is None else wants):
+    if wants is None:
+        wants = getattr(config.get_text_config(decoder=True), "use_cache", False)
+    # Layers that run again for the backward would put their entries there again; models then do without, too.
+    runs_again = model.training and getattr(model, "is_activation_checkpointing", False)
+    if wants and not runs_again and given.get("past_key_values") is None:
         given["past_key_values"] = DynamicCache(config=config)
     return (), given
 
@@ -46,24 +50,37 @@ def added_entries(
     """All entries of `name`, behind which `keys` and `values` of T new tokens are put.
 
     `num_before` tokens were read before. A cache that has room for tokens to come gives that, too: S is T and those
-    before at least. Raises `UnsupportedBackbone` where tokens were read before without such entries.
+    before at least. Raises `UnsupportedBackbone` where tokens were read before without such entries, and for a cache
+    that moves its layers between devices, or has no room for all tokens.
     """
     places: dict[str, int] = vars(cache).setdefault(_PLACES, {})
+    held = int(cache.layers[places[name]].get_seq_length()) if name in places else 0
+    if held != num_before:
+        raise UnsupportedBackbone(
+            f"this {type(cache).__name__} holds {num_before} tokens, of which {num_before - held} were read without "
+            f"{name}; begin with a cache that is new, or reset, and read them anew"
+        )
     if name not in places:
-        if num_before:
-            raise UnsupportedBackbone(
-                f"this {type(cache).__name__} holds {num_before} tokens that were read without {name}; begin with a "
-                "cache that is new, or reset, and read them anew"
-            )
-        places[name] = _append(cache, num_layers)
+        places[name] = _append(cache, name, num_layers)
     return cache.layers[places[name]].update(keys, values)
 
 
-def _append(cache: Cache, num_layers: int) -> int:
+def _append(cache: Cache, name: str, num_layers: int) -> int:
     """The index of a new layer, of the kind that the others are."""
+    if cache.offloading:
+        raise UnsupportedBackbone(
+            f"this {type(cache).__name__} moves its layers between devices one after the other, in which {name} has no "
+            "turn; take one without offloading"
+        )
     # A cache may make the model's layers as they come, and by their number.
     while cache.layer_class_to_replicate is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
-    rooms = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    rooms = [layer.max_cache_len for layer in static if not isinstance(layer, StaticSlidingWindowLayer)]
+    if static and not rooms:
+        raise UnsupportedBackbone(
+            f"all layers of this {type(cache).__name__} hold a sliding window, and {name} reads all tokens; take a "
+            "DynamicCache"
+        )
     cache.layers.append(StaticLayer(max(rooms)) if rooms else DynamicLayer())
     return len(cache.layers) - 1

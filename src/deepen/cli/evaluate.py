@@ -142,7 +142,7 @@ def _print_depths(depths: Mapping[str, Any]) -> None:
     print()
 
 
-_BY_DIFFICULTY = ("difficulty", "documents", "all tokens right", "tokens right", "a blind guess", "nats per token")
+_BY_DIFFICULTY = ("difficulty", "documents", "all scored right", "tokens right", "a blind guess", "nats per token")
 
 
 def _at_difficulty(line: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -62,11 +62,13 @@ class Loader:
             "cut": rows.cut,
             "num_rows": len(rows),
             "digest": rows.corpus.digest,
+            "difficulties": rows.corpus.digest_of_difficulties,
         }
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
         """Raises `CheckpointError` naming what differs from a loader whose `facts` these are: its steps were others."""
-        differing = [(name, facts.get(name), own) for name, own in self.facts().items() if facts.get(name) != own]
+        # Runs of earlier versions, which no difficulty has decided, don't tell all of these.
+        differing = [(name, facts[name], own) for name, own in self.facts().items() if facts.get(name, own) != own]
         if differing:
             told = "; ".join(f"{name} was {was} and is {own}" for name, was, own in differing)
             raise CheckpointError(f"the data is not what this run was on: {told}")

@@ -67,14 +67,17 @@ class TokenCorpus:
 
     @cached_property
     def digest(self) -> str:
-        """Of ids, ends, what is learned, and difficulties: what a run that goes on must find again."""
+        """Of ids, ends and what is learned: what a run that goes on must find again."""
         found = hashlib.sha256()
         for part in (self.ids, self.ends, self.learned):
             found.update(b"" if part is None else part.tobytes())
             found.update(b"|")
-        if self.difficulties is not None:
-            found.update(self.difficulties.tobytes())
         return found.hexdigest()
+
+    @cached_property
+    def digest_of_difficulties(self) -> str | None:
+        """None where no document tells its own."""
+        return None if self.difficulties is None else hashlib.sha256(self.difficulties.tobytes()).hexdigest()
 
     def counts(self, vocab_size: int) -> Tensor:
         """`[V]`: how often each id is learned."""
@@ -93,7 +96,7 @@ class TokenCorpus:
         """The difficulty of the document that each of these tokens belongs to."""
         if self.difficulties is None:
             return torch.zeros(end - start, dtype=torch.long)
-        return torch.from_numpy(self.difficulties.astype(np.int64))[self.documents_of(start, end)]
+        return torch.from_numpy(self.difficulties[self.documents_of(start, end).numpy()].astype(np.int64))
 
     def learned_of(self, start: int, end: int) -> Tensor:
         """Whether each of these tokens is learned."""

@@ -83,7 +83,7 @@ class TRMConfig(Config):
 
     @property
     def draws_by_difficulty(self) -> bool:
-        """Whether each document has a T of its own in training."""
+        """Whether T follows the difficulty of each document in training."""
         return self.T_sampling in ("task", "fixed_point")
 
     def layers_of(self, num_layers: int) -> tuple[int, ...]:
@@ -180,10 +180,9 @@ class TRMConfig(Config):
         if self.T_max is None:
             missing = self.T_sampling == "fixed_point"
             return ["T_sampling fixed_point draws up to T_max; set that to a number, as 16"] if missing else []
-        if self.T_sampling in ("fixed", "task"):
+        if self.T_sampling == "fixed":
             return [
-                f"T_max {self.T_max} has no effect with T_sampling {self.T_sampling}; leave it out, or set T_sampling "
-                "to uniform"
+                f"T_max {self.T_max} has no effect with T_sampling fixed; leave it out, or set T_sampling to uniform"
             ]
         if self.T_sampling == "lognormal_poisson" and self.T_max < self.trm_T:
             return [f"T_max is {self.T_max}, below trm_T {self.trm_T}, the mean of what is drawn; raise it"]

@@ -10,7 +10,9 @@ One draw for all of its rows:
 For each token, by the difficulty k that its document's record tells:
 
     task                 k: as many as it needs, which nobody knows of a question that hasn't been answered
-    fixed_point          k .. T_max, each as likely, k where that is more: so that the answer, once found, stays
+    fixed_point          k .. T_max, each as likely: so that the answer, once found, stays
+
+T_max is the most in any case.
 
 Draws come from torch's generator, which the trainer seeds with the run's seed and the step before any rank or
 micro-batch has its part.
@@ -74,16 +76,16 @@ def draw_own_steps(config: TRMConfig, batch: Batch) -> Int[Tensor, "B T"]:
     told = batch.difficulty
     if told is None or not told[:, :-1][batch.predicted()].all():
         raise CannotTrain(
-            f"T_sampling {config.T_sampling} takes outer steps by how difficult each example is, which this data "
-            'doesn\'t tell; train on a task, as task:pointer, or on answers with "difficulty" beside them, or set '
-            "T_sampling to uniform"
+            f"T_sampling {config.T_sampling} takes outer steps by how difficult each example is, and not all of this "
+            'data tells; train on a task, as task:pointer, or on answers that all have "difficulty" beside them, or '
+            "set T_sampling to uniform"
         )
-    least = told.clamp(min=1)
+    least = told.clamp(min=1, max=config.T_max)
     if config.T_sampling == "task":
         return least
     assert config.T_max is not None, "the configuration asks for it"
     # Drawn in float64, whose product never rounds up to the next whole number.
-    more = torch.rand(least.shape, dtype=torch.float64) * (config.T_max - least + 1).clamp(min=1)
+    more = torch.rand(least.shape, dtype=torch.float64) * (config.T_max - least + 1)
     return least + more.long()
 
 

@@ -3,7 +3,7 @@
 final_ce      cross entropy of the next token behind the last outer step
 earlier_ce    those behind the supervised steps before it
 halt          binary cross entropy of the halting head with whether the likeliest token is right, after a step that was
-              drawn; it moves nothing but that head
+              drawn, of the tokens that take it; it moves nothing but that head
 
 Of k supervised steps each weighs 1 / k.
 """
@@ -84,4 +84,5 @@ def halting_term(config: TRMConfig, targets: Targets, step: Stepped, refiner: TR
         is_right = says(step.after).argmax(dim=-1) == targets.ids
     said = halting_logits(refiner, step)
     terms = F.binary_cross_entropy_with_logits(said, is_right.to(said.dtype), reduction="none")
-    return LossTerm((terms * targets.are_predicted).sum(), "token", config.halt_weight)
+    asked = targets.are_predicted if step.rests is None else targets.are_predicted & ~step.rests
+    return LossTerm((terms * asked).sum(), "token", config.halt_weight)

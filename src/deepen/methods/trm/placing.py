@@ -118,11 +118,13 @@ class LentRefiner:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         if self._is_aside:
             return None
-        if self._refiner.reader is not None:
+        reads = self._refiner.reader is not None
+        if reads:
             # What the model would make itself, too late for the entries of this pass.
             args, given = with_cache(model, args, given)
         cache = given.get("past_key_values")
-        num_before = 0 if cache is None or isinstance(cache, PrefixCache) else num_tokens(cache)
+        counts = reads and cache is not None and not isinstance(cache, PrefixCache)
+        num_before = num_tokens(cache) if counts else 0
         self._pass = _Pass(cache, num_before, given.get("logits_to_keep", 0), given.get("attention_mask"))
         self.refined = []
         return args, given

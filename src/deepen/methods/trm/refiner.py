@@ -48,13 +48,17 @@ Stop = Callable[["Stepped"], Bool[Tensor, "B P"]]
 
 @dataclass(frozen=True)
 class Stepped:
-    """An outer step, counted from 1: the residuals `[B, P, D]` that it found and left, and the latent `[B, P, Z]`."""
+    """An outer step, counted from 1: the residuals `[B, P, D]` that it found and left, and the latent `[B, P, Z]`.
+
+    `rests` `[B, P]` are positions that did not take it; None: all did.
+    """
 
     number: int
     x: Tensor
     d_before: Tensor
     d: Tensor
     z: Tensor
+    rests: Tensor | None = None
 
     @property
     def before(self) -> Tensor:
@@ -226,13 +230,14 @@ class TRMRefiner(nn.Module):
             learns = torch.is_grad_enabled() and number > num_steps - self.grad_outer_steps
             with torch.set_grad_enabled(learns):
                 new_d, new_z = self._outer_step(wide, from_x, d, z, evidence)
-                if own_T is not None:
-                    rests = self._rests(number, num_steps, own_T)[..., None]
-                    new_d, new_z = torch.where(rests, d, new_d), torch.where(rests, z, new_z)
+                rests = None if own_T is None else self._rests(number, num_steps, own_T)
+                if rests is not None:
+                    new_d = torch.where(rests[..., None], d, new_d)
+                    new_z = torch.where(rests[..., None], z, new_z)
                 if going is not None:
                     # Nobody else reads the z of a position that has stopped.
                     new_d = torch.where(going, new_d, d)
-            stepped = Stepped(number, wide, d, new_d, new_z)
+            stepped = Stepped(number, wide, d, new_d, new_z, rests)
             d, z = new_d, new_z
             if number in watch:
                 watched[number] = stepped

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from deepen.core.errors import UnsupportedBackbone
+
 
 def up_to(last: Int[Tensor, "B P"], num_entries: int) -> Bool[Tensor, "B 1 P {num_entries}"]:
     """Each position sees the entries up to its own, which is `last`."""
@@ -21,9 +23,16 @@ def unmasked(
     None hides nothing; `[B, S]` is 0 where a row has a pad; `[B, 1, T, S]` is what attention takes, False or very low
     where a position doesn't see an entry. Where there are several, by kind of attention, it is that of full attention.
     A position always sees its `own` entry, even a pad: nothing comes of it, but no NaN either.
+
+    Raises `UnsupportedBackbone` where there are several and none of full attention.
     """
     if isinstance(mask, Mapping):
-        mask = mask.get("full_attention")
+        if "full_attention" not in mask:
+            raise UnsupportedBackbone(
+                f"mixing evidence reads all tokens, and this model's masks are of {', '.join(map(str, mask))} alone; "
+                "decode with deepen's generate, or without a static cache"
+            )
+        mask = mask["full_attention"]
     if mask is None:
         return visible
     seen = mask[:, None, None] if mask.ndim == 2 else mask[:, :, places]

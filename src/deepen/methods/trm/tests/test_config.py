@@ -36,7 +36,6 @@ def test_it_is_off_by_default_and_has_the_published_sizes():
         ({"T_max": 5}, "T_max 5 has no effect with T_sampling fixed"),
         ({"T_sampling": "lognormal_poisson", "T_max": 2}, "T_max is 2, below trm_T 3"),
         ({"T_sampling": "tasks"}, "T_sampling must be fixed, uniform, lognormal_poisson, task, or fixed_point"),
-        ({"T_sampling": "task", "T_max": 5}, "T_max 5 has no effect with T_sampling task"),
         ({"T_sampling": "fixed_point"}, "T_sampling fixed_point draws up to T_max; set that to a number"),
         (
             {"T_sampling": "task", "supervise_steps": 2, "grad_outer_steps": 2},

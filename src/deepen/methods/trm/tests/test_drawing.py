@@ -85,6 +85,10 @@ class TestByDifficulty:
         assert drawn.num_outer == 5
         assert drawn.mean_outer.total == 16 and drawn.mean_outer.count == 4
 
+    def test_the_most_bounds_what_a_document_asks_for(self):
+        drawn = drawn_for(config(T_sampling="task", T_max=4), hard([3, 3], [1500, 1500]))
+        assert drawn.own_outer is not None and drawn.own_outer.tolist() == [[3, 3], [4, 4]]
+
     def test_no_more_steps_are_made_than_predicted_tokens_need(self):
         drawn = drawn_for(config(T_sampling="task"), hard([9, 9, 9, 2, 2], learned=[[False] * 4 + [True]]))
         assert drawn.own_outer is not None and drawn.own_outer.tolist() == [[2] * 5]
@@ -95,7 +99,7 @@ class TestByDifficulty:
         batch = hard([1] * NUM_DRAWS, [4] * NUM_DRAWS, [8] * NUM_DRAWS)
         drawn = drawn_for(config(T_sampling="fixed_point", T_max=6), batch)
         assert drawn.own_outer is not None
-        for row, (least, most) in zip(drawn.own_outer, [(1, 6), (4, 6), (8, 8)], strict=True):
+        for row, (least, most) in zip(drawn.own_outer, [(1, 6), (4, 6), (6, 6)], strict=True):
             found = torch.bincount(row, minlength=most + 1)
             expected = NUM_DRAWS / (most - least + 1)
             assert not found[:least].any() and len(found) == most + 1

@@ -296,6 +296,14 @@ class TestStepsByDifficulty:
         if sampling["T_sampling"] == "task":
             assert means == [pytest.approx((8 * 1 + 9 * 3 + 10 * 2) / 27)] * 3
 
+    def test_the_halting_head_is_asked_of_those_that_take_the_step(self):
+        made = model(T_sampling="task", halt="learned")
+        drawn = TRMBatch(**vars(prepared(made, self.batch(1, 4, 3))))
+        asked = replace(drawn, halting_step=3)
+        # One step is made last, and the row of 3 makes its third then: at the third of all, that of 4 alone moves.
+        term = step(made, asked).losses["halt"].total
+        torch.testing.assert_close(term, step(made, asked.rows([1])).losses["halt"].total, **TIGHT)
+
     def test_scoring_and_decoding_know_no_difficulty(self):
         made, plain = model(T_sampling="task", trm_T=2), model(trm_T=2)
         assert torch.equal(made.score(self.batch(5, 1)).log_probs, plain.score(self.batch(1, 1)).log_probs)

@@ -10,15 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, MistralConfig, StaticCache
 from trm_models import KINDS, base, forward, model, some_ids
 
 from deepen.backbones import tiny
+from deepen.backbones.added import added_entries
 from deepen.core.errors import ConfigError, UnsupportedBackbone
 from deepen.methods.trm.halting import stop_of
 from deepen.methods.trm.model import TRMModel
 from deepen.methods.trm.placing import Ask
 from deepen.methods.trm.refiner import TRMRefiner, to_unit_rms
+from deepen.methods.trm.seeing import unmasked
 
 LENGTH = 13
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
@@ -243,12 +245,14 @@ class TestCachesOfTransformers:
         made, ids = model(**kind), some_ids(3, LENGTH)
         held = CACHES[cache](made.base.config)
         self.read(made, ids, held, [4])
+        held.reset()
+        torch.testing.assert_close(self.read(made, ids, held, [6]), forward(made, ids), **TIGHT)
         if cache == "static":
-            held.reset()
-            torch.testing.assert_close(self.read(made, ids, held, [6]), forward(made, ids), **TIGHT)
             return
         held.crop(-5)
         held.reorder_cache(torch.tensor([2, 0, 0]))
+        held.batch_repeat_interleave(2)
+        held.batch_select_indices(torch.tensor([0, 3, 4]))
         rows = ids[[2, 0, 0]]
         rest = self.read(made, rows[:, -5:], held, [2])
         torch.testing.assert_close(rest, forward(made, rows)[:, -5:], **TIGHT)
@@ -292,8 +296,54 @@ class TestCachesOfTransformers:
     def test_tokens_that_were_read_without_the_refiner_are_refused(self, placement):
         made, cache = model(mixing="evidence", placement=placement), DynamicCache()
         made.base(input_ids=some_ids(1, 4), past_key_values=cache, use_cache=True)
-        with made.adapted(), pytest.raises(UnsupportedBackbone, match="holds 4 tokens that were read without the refi"):
+        with (
+            made.adapted(),
+            pytest.raises(UnsupportedBackbone, match="holds 4 tokens, of which 4 were read without the refi"),
+        ):
             made.base(input_ids=some_ids(1, 1), past_key_values=cache, use_cache=True)
+
+    @pytest.mark.parametrize("cache", ["dynamic", "static"])
+    def test_tokens_that_the_base_alone_has_read_in_between_are_refused(self, cache):
+        made, ids = model(mixing="evidence"), some_ids(1, 7)
+        held = CACHES[cache](made.base.config)
+        self.read(made, ids[:, :4], held, [])
+        made.base(input_ids=ids[:, 4:6], past_key_values=held, use_cache=True)
+        with pytest.raises(UnsupportedBackbone, match="holds 6 tokens, of which 2 were read without the refiner"):
+            self.read(made, ids[:, 6:], held, [])
+
+    def test_a_cache_that_holds_a_window_has_no_room(self):
+        made = model(mixing="evidence")
+        config = MistralConfig(num_hidden_layers=made.backbone.num_layers, sliding_window=4)
+        with pytest.raises(UnsupportedBackbone, match="all layers of this StaticCache hold a sliding window"):
+            self.read(made, some_ids(1, 3), StaticCache(config=config, max_cache_len=32), [])
+        with pytest.raises(UnsupportedBackbone, match="this model's masks are of sliding_attention alone"):
+            unmasked(
+                torch.ones(1, 1, 3, 3, dtype=torch.bool), {"sliding_attention": None}, torch.arange(3), torch.arange(3)
+            )
+
+    def test_a_cache_that_moves_its_layers_is_refused(self):
+        made, held = model(mixing="evidence"), DynamicCache()
+        held.offloading = True
+        entries = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+        with pytest.raises(UnsupportedBackbone, match="moves its layers between devices"):
+            added_entries(held, "x", *entries, num_layers=made.backbone.num_layers, num_before=0)
+
+    def test_layers_that_run_again_for_the_backward_keep_nothing(self):
+        made, ids = model(mixing="evidence", placement=(1,), trains="all"), some_ids(1, 6)
+        made.base.train()
+        made.base.activation_checkpointing_enable()
+        found = []
+        for use_cache in (None, False):
+            with made.adapted():
+                made.base(input_ids=ids, use_cache=use_cache).logits.sum().backward()
+            found.append([each.grad.clone() for each in made.refiner.parameters()])
+            made.zero_grad()
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+    def test_behind_states_of_recurrent_layers_as_well(self):
+        made, ids = model("kimi_linear", mixing="evidence"), some_ids(2, LENGTH)
+        logits = self.read(made, ids, None, [5, 6])
+        torch.testing.assert_close(logits, forward(made, ids), rtol=1e-3, atol=1e-3)
 
     def test_arguments_may_have_no_names(self):
         made, ids, cache = model(mixing="evidence"), some_ids(1, 6), DynamicCache()
