@@ -26,9 +26,7 @@ def with_cache(
     wants = given.get("use_cache")
     if wants is None:
         wants = getattr(config.get_text_config(decoder=True), "use_cache", False)
-    # Layers that run again for the backward would put their entries there again; models then do without, too.
-    runs_again = model.training and getattr(model, "is_activation_checkpointing", False)
-    if wants and not runs_again and given.get("past_key_values") is None:
+    if wants and given.get("past_key_values") is None:
         given["past_key_values"] = DynamicCache(config=config)
     return (), given
 

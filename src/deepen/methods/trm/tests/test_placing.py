@@ -328,7 +328,7 @@ class TestCachesOfTransformers:
         with pytest.raises(UnsupportedBackbone, match="moves its layers between devices"):
             added_entries(held, "x", *entries, num_layers=made.backbone.num_layers, num_before=0)
 
-    def test_layers_that_run_again_for_the_backward_keep_nothing(self):
+    def test_layers_that_run_again_for_the_backward_move_the_same(self):
         made, ids = model(mixing="evidence", placement=(1,), trains="all"), some_ids(1, 6)
         made.base.train()
         made.base.activation_checkpointing_enable()
