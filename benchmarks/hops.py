@@ -31,6 +31,7 @@ from deepen.core.files import read_json, write_json
 from deepen.data.measured import documents_of, measured_batch, measured_rows
 from deepen.data.records import Split
 from deepen.data.tasks import read_task
+from deepen.evaluate.difficulty import by_difficulty
 from deepen.evaluate.environment import environment
 from deepen.evaluate.scoring import Measured, measure
 from deepen.generate.scoring import score_at_once
@@ -165,8 +166,9 @@ class Bench:
 
     def _accuracy(self, arm: str, folder: Path, steps: int | str | None, hops: int) -> float:
         """The share of test answers of which every token is right."""
-        documents = self._answered(arm, folder, steps, hops, "test").documents
-        return sum(each.num_correct == each.num_tokens for each in documents) / len(documents)
+        lines = by_difficulty(self._answered(arm, folder, steps, hops, "test").documents, self.comparison.train)
+        assert lines is not None and len(lines) == 1, "all that was asked has so many hops"
+        return lines[0].all_correct
 
     def _answered(self, arm: str, folder: Path, steps: int | str | None, hops: int, split: Split) -> Measured:
         overrides = {} if steps is None else {"trm_T": hops if steps == ORACLE else steps}

@@ -20,7 +20,7 @@ from deepen.methods.trm.halting import stop_of
 from deepen.methods.trm.model import TRMModel
 from deepen.methods.trm.placing import Ask
 from deepen.methods.trm.refiner import TRMRefiner, to_unit_rms
-from deepen.methods.trm.seeing import unmasked
+from deepen.methods.trm.seeing import unmasked, up_to
 
 LENGTH = 13
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
@@ -310,6 +310,14 @@ class TestCachesOfTransformers:
         made.base(input_ids=ids[:, 4:6], past_key_values=held, use_cache=True)
         with pytest.raises(UnsupportedBackbone, match="holds 6 tokens, of which 2 were read without the refiner"):
             self.read(made, ids[:, 6:], held, [])
+
+    def test_a_pad_sees_itself_alone(self):
+        """So that no kernel divides nothing by nothing."""
+        places, mask = torch.arange(3), torch.tensor([[0, 0, 1]])
+        seen = unmasked(up_to(places[None], 4), mask, places, places)
+        assert seen[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+        low = torch.full((1, 1, 3, 3), -1e30).masked_fill(torch.tensor([False, False, True]), 0.0)
+        assert torch.equal(unmasked(up_to(places[None], 4), low, places, places), seen)
 
     def test_a_cache_that_holds_a_window_has_no_room(self):
         made = model(mixing="evidence")
