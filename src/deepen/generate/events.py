@@ -6,7 +6,7 @@ from typing import Literal
 
 from deepen.core.types import RowAdvance
 
-FinishReason = Literal["eos", "stop_string", "length"]
+FinishReason = Literal["eos", "stop_string", "length", "cancelled", "failed"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Committed:
 
 @dataclass(frozen=True)
 class Finished:
-    """A row has ended."""
+    """A row has ended; one that failed, with its `error`."""
 
     row: int
     reason: FinishReason
+    error: Exception | None = None
 
 
 Event = Committed | Finished
@@ -40,12 +41,13 @@ class RowResult:
     """One row's outcome: new ids without the prompt, their text, why it ended and what it cost.
 
     `passes` counts every pass run while the row was alive, those that read its prompt aside. `commits` has the tokens
-    of each; `drafted` and `accepted` count draft tokens by source.
+    of each; `drafted` and `accepted` count draft tokens by source. `error` is that of a row that failed.
     """
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     reason: FinishReason | None = None
+    error: Exception | None = None
     passes: int = 0
     commits: list[int] = field(default_factory=list)
     drafted: Counter[str] = field(default_factory=Counter)
@@ -59,7 +61,7 @@ class RowResult:
     def add(self, event: Event) -> None:
         """Take one event of this row."""
         if isinstance(event, Finished):
-            self.reason = event.reason
+            self.reason, self.error = event.reason, event.error
             return
         self.tokens += event.tokens
         self.text += event.text

@@ -112,16 +112,23 @@ def attend(
     """softmax(scale q k^T + visibility) v for each position of the pass; `scale` None is 1 / sqrt(E)."""
     visibility.used = True
     if len(visibility.sections) == 1:
-        return _attend(query, key, value, visibility.sections[0], scale)
+        return attend_section(query, key, value, visibility.sections[0], scale)
     batch, num_heads, width, _ = query.shape
     out = query.new_empty(batch, width, num_heads, value.shape[-1])
     for section in visibility.sections:
         rows, positions = section.rows, section.positions
-        out[rows, positions] = _attend(query[rows, :, positions], key[rows], value[rows], section, scale)
+        out[rows, positions] = attend_section(query[rows, :, positions], key[rows], value[rows], section, scale)
     return out
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, section: Section, scale: float | None) -> Tensor:
+def attend_section(
+    query: Float[Tensor, "B H W E"],
+    key: Float[Tensor, "B N S E"],
+    value: Float[Tensor, "B N S V"],
+    section: Section,
+    scale: float | None,
+) -> Float[Tensor, "B W H V"]:
+    """As `attend`, of rows and positions that are all of one section."""
     batch, num_heads, width, _ = query.shape
     num_key_heads = key.shape[1]
     group, num_blocks = num_heads // num_key_heads, section.num_blocks

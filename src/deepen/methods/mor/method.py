@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepen.backbones.hf import Backbone
+from deepen.core.depthwise import DepthLayout, KeyValues, Running, State
 from deepen.core.errors import CheckpointError, ConfigError
 from deepen.core.method import Sampler
 from deepen.core.types import (
@@ -31,6 +32,7 @@ from deepen.generate.verify import PREFILL_WIDTH, check_prompt, pad_rows
 
 from .config import MoRConfig
 from .deeper import at_depth
+from .depthwise import DepthwiseModel, depth_layout
 from .losses import router_terms
 from .metrics import router_figures
 from .model import DepthCache, MoRForCausalLM, Reading
@@ -72,6 +74,7 @@ class MixtureOfRecursions(nn.Module):
             setattr(self.base.config, name, getattr(config, name))
         self.config: MoRConfig = self.base.config
         self._prices = Prices.of(self.config)
+        self._depthwise = DepthwiseModel(self.base.model)
 
     @classmethod
     def build(cls, config: MoRConfig, backbone: Backbone, vocab_size: int) -> Self:
@@ -181,6 +184,33 @@ class MixtureOfRecursions(nn.Module):
         """
         base = at_depth(self.base, num_recursions)
         return type(self)(base.config, Backbone.attach(base)).train(self.training)
+
+    # Tokens batched by depth
+
+    def depth_layout(self) -> DepthLayout:
+        """Layers, and the entries that they make and read."""
+        return depth_layout(self.config)
+
+    @torch.no_grad()
+    def enter(self, ids: Tensor, running: Running, kv: KeyValues) -> State:
+        """Up to the first recursion."""
+        return self._depthwise.enter(ids, running, kv)
+
+    @torch.no_grad()
+    def recur(self, state: State, running: Running, kv: KeyValues) -> tuple[State, Tensor]:
+        """One recursion of each token, and who goes on."""
+        return self._depthwise.recur(state, running, kv)
+
+    @torch.no_grad()
+    def leave(self, state: State, running: Running, kv: KeyValues) -> Tensor:
+        """From the last recursion to the head."""
+        return self._depthwise.leave(state, running, kv)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head."""
+        logits: Tensor = self.base.lm_head(hidden)
+        return logits
 
     # Training
 

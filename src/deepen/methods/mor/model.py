@@ -172,25 +172,50 @@ class RecursiveLayer(LlamaDecoderLayer):
         self, hidden_states: Float[Tensor, "M D"], rotary: tuple[Tensor, Tensor], attended: Attended
     ) -> tuple[Tensor, tuple[Entries, Entries] | None]:
         """States `[M, D]` behind the layer, and `Attended.merged` of what it made, None where entries were given."""
+        num_makers = None if attended.given is not None else len(hidden_states)
+        made: tuple[Entries, Entries] | None = None
+
+        def attend(queries: Tensor, new: Entries | None) -> Tensor:
+            nonlocal made
+            made = None if new is None else attended.merged(new)
+            seen = made[1] if made is not None else attended.given
+            assert seen is not None, "a layer makes entries where it isn't given any"
+            return self._attend(queries, seen, attended)
+
+        return self.run_with(hidden_states, rotary, num_makers, attend), made
+
+    def run_with(
+        self,
+        hidden_states: Float[Tensor, "M D"],
+        rotary: tuple[Tensor, Tensor],
+        num_makers: int | None,
+        attend: Callable[[Tensor, Entries | None], Tensor],
+    ) -> Float[Tensor, "M D"]:
+        """The layer around any `attend`, which gets queries `[M, H, E]` and what the first `num_makers` tokens make.
+
+        None: nobody makes any.
+        """
         normed = self.input_layernorm(hidden_states)
-        queries, new = self._project(normed, rotary, makes_entries=attended.given is None)
-        made = None if new is None else attended.merged(new)
-        seen = made[1] if made is not None else attended.given
-        assert seen is not None, "a layer makes entries where it isn't given any"
-        hidden_states = hidden_states + self.self_attn.o_proj(self._attend(queries, seen, attended))
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), made
+        queries, new = self._project(normed, rotary, num_makers)
+        hidden_states = hidden_states + self.self_attn.o_proj(attend(queries, new).flatten(1))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def _project(
-        self, normed: Float[Tensor, "M D"], rotary: tuple[Tensor, Tensor], *, makes_entries: bool
+        self, normed: Float[Tensor, "M D"], rotary: tuple[Tensor, Tensor], num_makers: int | None
     ) -> tuple[Float[Tensor, "M H E"], Entries | None]:
         attention, (cos, sin) = self.self_attn, rotary
         queries = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
-        if not makes_entries:
+        if num_makers is None:
             return apply_rotary_pos_emb(queries, queries[:, :0], cos, sin)[0], None
+        makers = normed if num_makers == len(normed) else normed[:num_makers]
         keys, values = (
-            project(normed).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
+            project(makers).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
         )
-        queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+        if num_makers == len(normed):
+            queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+            return queries, (keys, values)
+        queries = apply_rotary_pos_emb(queries, queries[:, :0], cos, sin)[0]
+        keys = apply_rotary_pos_emb(keys, keys[:, :0], cos[:num_makers], sin[:num_makers])[0]
         return queries, (keys, values)
 
     def _attend(self, queries: Float[Tensor, "M H E"], seen: Entries, attended: Attended) -> Float[Tensor, "M HE"]:

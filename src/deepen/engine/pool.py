@@ -1,0 +1,111 @@
+"""Memory for keys and values, entry by entry: an entry is what one layer holds of one token.
+
+All there will ever be is allocated at once. A request has a slot; what it may come to need is set aside when it gets
+one, so nothing that was begun ever lacks memory. What is held is what was made, and comes back when a slot is freed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deepen.core.depthwise import DepthLayout
+from deepen.nn.attention import KEY_BLOCK, round_up
+
+
+class EntryPool:
+    """`num_entries` entries, and for each slot and layer where those of its tokens are. C entries, S heads, E width."""
+
+    def __init__(
+        self,
+        layout: DepthLayout,
+        *,
+        num_entries: int,
+        num_slots: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """A slot's row holds at most `max_length` tokens."""
+        self.layout, self.num_entries, self.max_length = layout, num_entries, max_length
+        # Zeros, not empty: what is hidden weighs nothing, but zero times NaN would still be NaN.
+        self._keys = torch.zeros(num_entries, layout.num_heads, layout.width, device=device, dtype=dtype)
+        self._values = torch.zeros_like(self._keys)
+        width = round_up(max_length, KEY_BLOCK)
+        self._where = torch.zeros(layout.num_layers, num_slots, width, dtype=torch.long, device=device)
+        self._owners = torch.full((num_entries,), -1, device=device)
+        self._free = torch.arange(num_entries, device=device)
+        self._num_free = num_entries
+        self._set_aside: dict[int, int] = {}
+        self._free_slots = list(reversed(range(num_slots)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._keys.dtype
+
+    @property
+    def bytes_per_entry(self) -> int:
+        """Of keys and values."""
+        return 2 * self.layout.num_heads * self.layout.width * self._keys.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the entries that are held."""
+        return (self.num_entries - self._num_free) * self.bytes_per_entry
+
+    @property
+    def most_bytes(self) -> int:
+        """That can ever be held."""
+        return self.num_entries * self.bytes_per_entry
+
+    def needed(self, num_tokens: int) -> int:
+        """Entries that a row of so many tokens has if each runs every recursion."""
+        return num_tokens * len(self.layout.makers)
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a row that may come to so many tokens can have a slot now."""
+        set_aside = sum(self._set_aside.values())
+        return bool(self._free_slots) and set_aside + self.needed(num_tokens) <= self.num_entries
+
+    def open(self, num_tokens: int) -> int:
+        """A slot for a row of at most so many tokens."""
+        assert self.has_room(num_tokens), "has_room comes first"
+        slot = self._free_slots.pop()
+        self._set_aside[slot] = self.needed(num_tokens)
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Take back a slot and all that it holds."""
+        found = (self._owners == slot).nonzero()[:, 0]
+        self._owners[found] = -1
+        self._free[self._num_free : self._num_free + len(found)] = found
+        self._num_free += len(found)
+        del self._set_aside[slot]
+        self._free_slots.append(slot)
+
+    def write(self, layers: Tensor, slots: Tensor, indices: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Entries `[n, S, E]`, each of a layer and a slot at an index of its row, all `[n]`."""
+        count = len(keys)
+        assert count <= self._num_free, "what a slot may need was set aside"
+        self._num_free -= count
+        places = self._free[self._num_free : self._num_free + count].clone()
+        self._keys[places], self._values[places] = keys, values
+        self._where[layers, slots, indices] = places
+        self._owners[places] = slots
+
+    def stand_in(self, layers: Sequence[int], slots: Tensor, positions: Tensor) -> None:
+        """In `layers`, these tokens `[n]` are read where the layers under them have them."""
+        upper = torch.tensor(layers, device=slots.device)[:, None]
+        under = torch.tensor([self.layout.under[layer] for layer in layers], device=slots.device)[:, None]
+        self._where[upper, slots, positions] = self._where[under, slots, positions]
+
+    def read(self, layers: Tensor, slots: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """The first `num` entries of R rows, each of a layer and a slot `[R]`: keys and values `[R, S, num, E]`.
+
+        What stands behind a row's last entry is any number.
+        """
+        places = self._where[layers, slots, :num].flatten()
+        shape = (len(layers), num, *self._keys.shape[1:])
+        keys, values = (each.index_select(0, places).view(shape) for each in (self._keys, self._values))
+        return keys.transpose(1, 2), values.transpose(1, 2)
