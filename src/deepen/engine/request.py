@@ -76,7 +76,7 @@ class Live:
         self._cancelled = True
 
     def choose(self, logits: Tensor, drafted: Sequence[int] = ()) -> list[int]:
-        """The tokens at positions `[W, V]` behind `ids` and what was drafted; of one that fails, the first id of all."""
+        """The tokens at positions `[W, V]` behind `ids` and what was drafted; where it fails, the first id."""
         if self.error is None:
             try:
                 return self._sampler.choose(0, logits, self.ids, drafted)
