@@ -14,11 +14,14 @@ from typing import Any
 from deepen.backbones.hf import Backbone
 from deepen.core.depthwise import Depthwise
 from deepen.core.errors import ConfigError, PromptError
+from deepen.core.method import Joining
 from deepen.generate.detokenize import Tokenizer
 from deepen.generate.events import Event, Finished, RowResult
+from deepen.nn.attention import KEY_BLOCK, round_up
 
 from .pool import EntryPool
 from .request import Live, Request
+from .rows import RowRunner
 from .runner import DepthRunner, Runner, Statistics
 from .scheduler import Scheduler
 
@@ -169,17 +172,28 @@ def make_runner(
     exit_width: int,
 ) -> Runner:
     """The one that fits a decoder."""
-    if not isinstance(decoder, Depthwise):
-        raise ConfigError(f"a {type(decoder).__name__} can't be batched")
-    layout = decoder.depth_layout()
-    size = 2 * layout.num_heads * layout.width * backbone.dtype.itemsize
-    enough = slots * max_length * len(layout.makers)
-    pool = EntryPool(
-        layout,
-        num_entries=enough if memory_bytes is None else min(enough, memory_bytes // size),
-        num_slots=slots,
-        max_length=max_length,
-        device=backbone.device,
-        dtype=backbone.dtype,
+    if isinstance(decoder, Depthwise):
+        pool = EntryPool(
+            decoder.depth_layout(),
+            num_slots=slots,
+            max_length=max_length,
+            memory_bytes=memory_bytes,
+            device=backbone.device,
+            dtype=backbone.dtype,
+        )
+        return DepthRunner(decoder, pool, device=backbone.device, prompt_width=prompt_width, exit_width=exit_width)
+    if not isinstance(decoder, Joining):
+        raise ConfigError(
+            f"a {type(decoder).__name__} answers its rows together and can't take any on its way; its rows would have "
+            "to come and go (core/method.py, Joining)"
+        )
+    bytes_per_row = decoder.state_bytes(context=round_up(max_length, KEY_BLOCK))
+    fitting = slots if memory_bytes is None else min(slots, memory_bytes // bytes_per_row - 1)
+    if fitting < 1:
+        raise ConfigError(
+            f"memory_bytes is {memory_bytes}, too little for a request of max_length {max_length}: a row takes "
+            f"{bytes_per_row}, and a prompt that is being read as much; lower max_length or raise memory_bytes"
+        )
+    return RowRunner(
+        decoder, slots=fitting, max_length=max_length, bytes_per_row=bytes_per_row, prompt_width=prompt_width
     )
-    return DepthRunner(decoder, pool, device=backbone.device, prompt_width=prompt_width, exit_width=exit_width)

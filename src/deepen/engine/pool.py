@@ -14,20 +14,24 @@ from deepen.nn.attention import KEY_BLOCK, round_up
 
 
 class EntryPool:
-    """`num_entries` entries, and for each slot and layer where those of its tokens are. C entries, S heads, E width."""
+    """C entries, `[C, S, E]` keys and as many values, and for each slot and layer where those of its tokens are."""
 
     def __init__(
         self,
         layout: DepthLayout,
         *,
-        num_entries: int,
         num_slots: int,
         max_length: int,
+        memory_bytes: int | None = None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """A slot's row holds at most `max_length` tokens."""
-        self.layout, self.num_entries, self.max_length = layout, num_entries, max_length
+        """A slot's row holds at most `max_length` tokens; `memory_bytes` None is enough for all slots."""
+        self.layout, self.max_length = layout, max_length
+        self.bytes_per_entry = 2 * layout.num_heads * layout.width * dtype.itemsize
+        enough = num_slots * self.needed(max_length)
+        num_entries = enough if memory_bytes is None else min(enough, memory_bytes // self.bytes_per_entry)
+        self.num_entries = num_entries
         # Zeros, not empty: what is hidden weighs nothing, but zero times NaN would still be NaN.
         self._keys = torch.zeros(num_entries, layout.num_heads, layout.width, device=device, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
@@ -43,11 +47,6 @@ class EntryPool:
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
         return self._keys.dtype
-
-    @property
-    def bytes_per_entry(self) -> int:
-        """Of keys and values."""
-        return 2 * self.layout.num_heads * self.layout.width * self._keys.itemsize
 
     @property
     def num_bytes(self) -> int:
