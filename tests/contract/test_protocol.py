@@ -28,7 +28,7 @@ from deepen.check.suite import CHECKS, run
 from deepen.checkpoint import open_model, save_adapter
 from deepen.core import registry
 from deepen.core.errors import CannotTrain, CheckpointError, DeepenError
-from deepen.core.method import RecursiveModel, adapted
+from deepen.core.method import Joining, RecursiveModel, adapted
 from deepen.core.types import Batch, Progress, Prompt, Score, StepOutput
 from deepen.data.batches import batch_of
 from deepen.generate.loop import complete
@@ -224,6 +224,18 @@ class TestGeneration:
             common = min(len(without[row]), len(whole[row]))
             assert common >= 6 and without[row][:common] == whole[row][:common]
 
+    def test_rows_that_come_and_go_are_what_they_are_alone(self, model):
+        prompts = rows(5, 12, 7)
+        alone = [generated(model, row, sampling=[SAMPLED]) for row in prompts]
+        if not isinstance(model, Joining) or None in alone:
+            return
+        tokens = unless_refused(lambda: came_and_went(model, prompts))
+        if tokens is None:
+            return
+        for actual, (expected,) in zip(tokens, alone, strict=True):
+            common = min(len(actual), len(expected))
+            assert common >= 2 and actual[:common] == expected[:common]
+
     def test_every_advance_gets_on(self, model):
         prompt = Prompt(((1, 2, 3), (4,)), max_new_tokens=300)
         decoding = unless_refused(lambda: model.open(prompt))
@@ -233,6 +245,27 @@ class TestGeneration:
             advance = model.advance(decoding, BatchSampler([SAMPLED] * 2))
             assert any(row.tokens for row in advance.rows)
             assert advance.spent.passes >= 1 and advance.spent.positions >= 1
+
+
+def came_and_went(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """The tokens of three rows: the second comes and goes while the first decodes, the third, in parts, stays."""
+    opened = [model.open(Prompt((tuple(prompt[:5]),), max_new_tokens=10, capacity=64)) for prompt in prompts]
+    for prompt, decoding in zip(prompts, opened, strict=True):
+        model.feed(decoding, prompt[5:])
+    decoding, alive = opened[0], [0]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for count in range(6):
+        if count in (1, 2):
+            model.join(decoding, opened[count], most_rows=3)
+            alive.append(count)
+        if count == 3:
+            model.keep(decoding, [0, 2])
+            alive.remove(1)
+        if min(decoding.room(place) for place in range(len(alive))) == 0:
+            break
+        for row, advance in zip(alive, model.advance(decoding, BatchSampler([SAMPLED] * 3)).rows, strict=True):
+            tokens[row] += advance.tokens
+    return tokens
 
 
 def gained(model: Any, prompt: Prompt, *, dropped: tuple[int, ...]) -> dict[int, list[int]]:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from deepen.backbones import tiny
-from deepen.backbones.cache import PassWindow, PrefixCache, write_at_once
+from deepen.backbones.cache import PrefixCache
+from deepen.backbones.entries import write_at_once
 from deepen.backbones.hf import Backbone
+from deepen.backbones.window import PassWindow
 from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
 from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder

@@ -17,7 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from deepen.backbones.cache import AttentionStore, PassWindow, PrefixCache, RecurrentPrefix, RecurrentStore
+from deepen.backbones.cache import PrefixCache, RecurrentPrefix, RecurrentStore
+from deepen.backbones.entries import AttentionStore
+from deepen.backbones.window import PassWindow
 from deepen.core.errors import RollbackError
 
 WALK_WIDTH = 256

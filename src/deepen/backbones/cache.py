@@ -2,7 +2,8 @@
 
 A `PrefixCache` holds, for each row, what the untouched base would hold after reading the row's committed tokens.
 A pass starts from it (`begin`), leaves beside it what its own tokens would add, and is forgotten unless `commit` says
-how many of them count in each row. Rows have their own lengths; no row is ever moved for another.
+how many of them count in each row. Rows have their own lengths, may join those that are there, and be dropped; none is
+moved but by `keep_rows`, and what its entries and state are doesn't depend on where it stands.
 
 Attention layers keep entries. A pass writes its keys and values behind the committed ones, so entries behind a row's
 length are scratch that nothing may see and any pass may overwrite, and a ragged commit moves no data.
@@ -15,8 +16,7 @@ not at all (`whole`) keeps no such record; to keep a part of it after all, go ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -24,55 +24,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
+from deepen.backbones.entries import AttentionStore, Move
+from deepen.backbones.window import PassWindow
 from deepen.core.errors import PromptError, RollbackError, UnsupportedBackbone
 from deepen.nn.attention import KEY_BLOCK, round_up
 from deepen.nn.kda import DeltaOutput, Record
-
-
-@dataclass(frozen=True)
-class PassWindow:
-    """Where a pass stands: each row's committed length before it, and how many tokens the row brings."""
-
-    offsets: tuple[int, ...]
-    widths: tuple[int, ...]
-    whole: bool = False
-    """Whether it will be committed to its end or not at all."""
-
-    @cached_property
-    def width(self) -> int:
-        """Positions of the widest row; shorter rows are padded on their right to it."""
-        return max(self.widths)
-
-    @cached_property
-    def even(self) -> bool:
-        """Whether all rows have the same length and bring as many tokens."""
-        return len(set(self.offsets)) == len(set(self.widths)) == 1
-
-    @cached_property
-    def num_keys(self) -> int:
-        """Entries a layer hands to attention: enough for every row, in whole blocks."""
-        return round_up(max(1, *map(sum, zip(self.offsets, self.widths, strict=True))), KEY_BLOCK)
-
-
-def write_at_once(store: Tensor, states: Tensor, window: PassWindow) -> None:
-    """Put the tokens `[B, N, W, E]` of a pass into `[B, N, capacity, E]` by one kernel, however rows differ."""
-    rows, places, steps = _places(window, store.device)
-    store[rows, :, places] = states[rows, :, steps]
-
-
-@lru_cache(maxsize=1)  # all layers of a pass ask for the same
-def _places(window: PassWindow, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """`[n]` each: row, place in the store and step in the pass of every token that the rows bring."""
-    rows = torch.arange(len(window.widths)).repeat_interleave(torch.tensor(window.widths))
-    steps = torch.cat([torch.arange(width) for width in window.widths])
-    return rows.to(device), (torch.tensor(window.offsets)[rows] + steps).to(device), steps.to(device)
 
 
 class RecurrentPrefix(NamedTuple):
@@ -90,111 +52,6 @@ class CacheSnapshot:
 
     lengths: tuple[int, ...]
     states: tuple[RecurrentPrefix, ...]
-
-
-class AttentionStore(CacheLayerMixin):
-    """Keys and values of one layer, `[B, N, capacity, E]`, allocated once at the first pass."""
-
-    is_sliding = False
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._both: Tensor | None = None
-        self.window: PassWindow | None = None
-
-    def begin(self, window: PassWindow) -> None:
-        """A pass begins."""
-        self.window = window
-
-    def close(self) -> None:
-        """It is committed or forgotten."""
-        self.window = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the batch, heads and widths of the first keys and values."""
-        # Zeros, not empty: a masked entry weighs nothing, but zero times NaN would still be NaN.
-        batch, heads = key_states.shape[:2]
-        if key_states.shape == value_states.shape:
-            self._hold(key_states.new_zeros(batch, 2 * heads, self._capacity, key_states.shape[-1]))
-        else:
-            self.keys = key_states.new_zeros(batch, heads, self._capacity, key_states.shape[-1])
-            self.values = value_states.new_zeros(batch, heads, self._capacity, value_states.shape[-1])
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def _hold(self, both: Tensor) -> None:
-        self._both = both
-        num_heads = both.shape[1] // 2
-        self.keys, self.values = both[:, :num_heads], both[:, num_heads:]
-
-    def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Be a new store whose first entries are these, `[B, N, T, E]`."""
-        self.lazy_initialization(keys, values)
-        self.keys[:, :, : keys.shape[2]] = keys
-        self.values[:, :, : values.shape[2]] = values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write the pass behind each row's committed entries; give the first S entries, S a multiple of KEY_BLOCK."""
-        window = self._open_window()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._write(self.keys, key_states, window)
-        self._write(self.values, value_states, window)
-        return self.keys[:, :, : window.num_keys], self.values[:, :, : window.num_keys]
-
-    def update_both(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """As `update`, of keys and values of one shape behind each other: `[B, 2 N, W, E]`, and so with one write."""
-        window = self._open_window()
-        if not self.is_initialized:
-            self.lazy_initialization(*states.chunk(2, dim=1))
-        assert self._both is not None, "keys and values of one shape are held together"
-        self._write(self._both, states, window)
-        return self.keys[:, :, : window.num_keys], self.values[:, :, : window.num_keys]
-
-    def _open_window(self) -> PassWindow:
-        if self.window is None:
-            raise RollbackError("this cache was used outside of a pass: call PrefixCache.begin before the model")
-        return self.window
-
-    @staticmethod
-    def _write(store: Tensor, states: Tensor, window: PassWindow) -> None:
-        if window.even:
-            first = window.offsets[0]
-            store[:, :, first : first + window.width] = states[:, :, : window.width]
-            return
-        # A row's pads are not written: behind a long row there may be no room for them.
-        if store.device.type != "cpu":
-            write_at_once(store, states, window)
-            return
-        for row, (offset, width) in enumerate(zip(window.offsets, window.widths, strict=True)):
-            store[row, :, offset : offset + width] = states[row, :, :width]
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows with these indices, in this order."""
-        kept = list(rows)
-        if self._both is not None:
-            self._hold(self._both[kept])
-        elif self.is_initialized:
-            self.keys, self.values = self.keys[kept], self.values[kept]
-
-    def num_bytes(self) -> int:
-        """Bytes allocated."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """transformers asks for masks; passes bring their own visibility, so this is the plain full width."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Committed entries of the longest row, in a pass."""
-        return max(self.window.offsets) if self.window is not None else 0
-
-    def get_max_length(self) -> int:
-        """Entries that fit."""
-        return self._capacity
 
 
 class RecurrentStore(LinearAttentionCacheLayerMixin):
@@ -280,6 +137,11 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
         """The pass is committed or forgotten: drop what it has left."""
         self.window = self._columns = self._state = self._record = None
 
+    def join(self, other: "RecurrentStore", num_rows: int, num_others: int) -> None:
+        """The `num_others` rows of `other` behind the `num_rows` that there are."""
+        pairs = zip(self.prefix, other.prefix, strict=True)
+        self.prefix = RecurrentPrefix(*(_behind_each_other(*pair, num_rows, num_others) for pair in pairs))
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep the rows with these indices, in this order."""
         self.prefix = RecurrentPrefix(*(None if part is None else part[list(rows)] for part in self.prefix))
@@ -291,6 +153,17 @@ class RecurrentStore(LinearAttentionCacheLayerMixin):
         return sum(storage.nbytes() for storage in storages.values())
 
 
+def _behind_each_other(first: Tensor | None, second: Tensor | None, num_first: int, num_second: int) -> Tensor | None:
+    if first is None and second is None:
+        return None
+    like = first if first is not None else second
+    assert like is not None
+    # What was not read yet starts from zeros.
+    first = like.new_zeros(num_first, *like.shape[1:]) if first is None else first
+    second = like.new_zeros(num_second, *like.shape[1:]) if second is None else second
+    return torch.cat([first, second])
+
+
 class PrefixCache(Cache):
     """What the base holds of the committed tokens of B rows, with room for `capacity` tokens a row."""
 
@@ -298,7 +171,11 @@ class PrefixCache(Cache):
         super().__init__(layers=_layers_for(config, round_up(capacity, KEY_BLOCK)))
         self.capacity = capacity
         self.lengths: list[int] = [0] * batch_size
+        self._num_layers = len(self.layers)
         self._added: dict[str, AttentionStore] = {}
+        self._num_places = 0
+        # No pass has written further in any place.
+        self._reach = 0
         self._window: PassWindow | None = None
         self._ended = False
         self._snapshots: WeakSet[CacheSnapshot] = WeakSet()
@@ -320,11 +197,14 @@ class PrefixCache(Cache):
                     f"entries of {name} are to be kept, but this cache holds {self.lengths} tokens that were read "
                     "without them; open the decoding with the model that it goes on with"
                 )
-            store = AttentionStore(round_up(self.capacity, KEY_BLOCK))
-            store.begin(self._window)
-            self._added[name] = store
-            self.layers.append(store)
+            self._add(name).begin(self._window)
         return self._added[name]
+
+    def _add(self, name: str) -> AttentionStore:
+        store = AttentionStore(round_up(self.capacity, KEY_BLOCK), num_places=self._num_places)
+        self._added[name] = store
+        self.layers.append(store)
+        return store
 
     @property
     def _recurrent(self) -> list[RecurrentStore]:
@@ -347,6 +227,7 @@ class PrefixCache(Cache):
         window = PassWindow(tuple(self.lengths), tuple(widths), whole)
         self._check_room(window)
         self._window, self._ended = window, False
+        self._reach = max(self._reach, window.num_keys)
         for layer in self.layers:
             layer.begin(window)
         return window
@@ -418,8 +299,8 @@ class PrefixCache(Cache):
     def rollback(self, snapshot: CacheSnapshot) -> None:
         """Forget every token committed since `snapshot`, any number of times.
 
-        Impossible, and an error, for a snapshot of another cache, of rows that `keep_rows` has dropped or moved since,
-        and of tokens that an earlier rollback has forgotten: others stand in their entries.
+        Impossible, and an error, for a snapshot of another cache, of rows that were dropped, moved or joined
+        since, and of tokens that an earlier rollback has forgotten: others stand in their entries.
         """
         if snapshot not in self._snapshots:
             raise RollbackError(
@@ -435,11 +316,73 @@ class PrefixCache(Cache):
     def _still_hold(self, snapshot: CacheSnapshot) -> bool:
         return all(then <= now for then, now in zip(snapshot.lengths, self.lengths, strict=True))
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep the rows with these indices, in this order, and drop the others."""
+    def join(self, other: "PrefixCache", *, most_rows: int) -> None:
+        """The rows of `other` behind those that there are; `other` is used up.
+
+        The first time, memory for `most_rows` rows is taken, which from then on is enough for as many to come and go.
+        Raises `RollbackError` where rows have room for other numbers of tokens, are more than `most_rows`, or were read
+        without the entries that a method keeps.
+        """
+        self._check_joins(other, most_rows)
+        num_rows, num_others = len(self.lengths), len(other.lengths)
+        self._reserve(most_rows)
+        self._reach = max(self._reach, other._reach)
+        moves = [Move(row, num_rows + row, length) for row, length in enumerate(other.lengths)]
+        for store, joined in self._pairs(other):
+            if isinstance(store, RecurrentStore):
+                store.join(joined, num_rows, num_others)
+            else:
+                store.join(joined, moves, num_rows=num_rows + num_others, reach=self._reach)
+        self.lengths = [*self.lengths, *other.lengths]
+        self._forget_passes()
+
+    def _check_joins(self, other: "PrefixCache", most_rows: int) -> None:
+        if other.capacity != self.capacity:
+            raise RollbackError(
+                f"rows with room for {other.capacity} tokens can't join those with room for {self.capacity}; open both "
+                "decodings with the same capacity"
+            )
+        num_rows = len(self.lengths) + len(other.lengths)
+        if num_rows > most_rows:
+            raise RollbackError(f"{num_rows} rows are more than most_rows, {most_rows}; join fewer or raise it")
+        for one, two in ((self, other), (other, self)):
+            missing = sorted(one._added.keys() - two._added.keys())
+            if missing and any(two.lengths):
+                raise RollbackError(
+                    f"entries of {missing[0]} are to be kept, but some of the rows to be joined were read without "
+                    "them; open both decodings with the same model"
+                )
+
+    def _reserve(self, most_rows: int) -> None:
+        self._num_places = max(self._num_places, most_rows)
         for layer in self.layers:
-            layer.keep_rows(rows)
+            if isinstance(layer, AttentionStore):
+                layer.reserve(most_rows, self.lengths)
+
+    def _pairs(self, other: "PrefixCache") -> list[tuple[Any, Any]]:
+        """Stores of the same layer or name; rows that have read nothing may lack one."""
+        for name in other._added.keys() - self._added.keys():
+            self._add(name)
+        own_layers, others = self.layers[: self._num_layers], other.layers[: self._num_layers]
+        nothing = AttentionStore(0)
+        added = [(store, other._added.get(name, nothing)) for name, store in self._added.items()]
+        return [*zip(own_layers, others, strict=True), *added]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep the rows with these indices, in this order, and drop the others.
+
+        In a cache that others have joined, only rows whose index changes are moved; otherwise memory is given back.
+        """
+        for layer in self.layers:
+            if isinstance(layer, RecurrentStore):
+                layer.keep_rows(rows)
+            else:
+                layer.keep_rows(rows, self.lengths, reach=self._reach)
+        self._num_places = max(self._num_places, len(rows)) if self._num_places else 0
         self.lengths = [self.lengths[row] for row in rows]
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
         self._close()
         self._snapshots = WeakSet()
 
@@ -448,7 +391,7 @@ class PrefixCache(Cache):
         return max(self.lengths)
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
-        raise RollbackError("a PrefixCache is changed by commit, rollback and keep_rows only")
+        raise RollbackError("a PrefixCache is changed by commit, rollback, join and keep_rows only")
 
     # transformers' own ways would leave lengths, entries and states at odds.
     reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse

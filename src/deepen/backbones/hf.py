@@ -20,10 +20,11 @@ from transformers.modeling_outputs import ModelOutput
 from deepen.backbones.anchored import WALK_WIDTH, AnchoredPrefix, AnchorKeeper, Anchors, Asked, Walk
 from deepen.backbones.architectures import method_of_model
 from deepen.backbones.attention import PassPlaces, at_places, attention_of_pass
-from deepen.backbones.cache import PassWindow, PrefixCache
+from deepen.backbones.cache import PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
 from deepen.backbones.recurrence import delta_forwards, recurrence_of_pass
+from deepen.backbones.window import PassWindow
 from deepen.core.errors import PromptError, UnsupportedBackbone
 from deepen.core.registry import Method
 from deepen.nn.attention import QUERY_BLOCK, Visibility, round_up

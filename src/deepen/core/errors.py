@@ -41,5 +41,9 @@ class CannotTrain(DeepenError):
     """A method's model has no training as it is configured, or none in this version."""
 
 
+class CannotJoin(DeepenError):
+    """A method's model has no decodings whose rows come and go, as it is configured, or none in this version."""
+
+
 class CannotScore(DeepenError):
     """A model has no leak-free log-probability for this input."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
-from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit, Work
+from deepen.core.types import Advance, Batch, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
 
 
 class Sampler(Protocol):
@@ -120,6 +120,34 @@ class Adapting(Protocol):
 
     def adapted(self) -> AbstractContextManager[None]:
         """In the block, the base is as it is in the model's own passes."""
+
+
+@runtime_checkable
+class Joining(Decoder, Protocol):
+    """A decoder whose rows come and go while it decodes, as requests that are served together do.
+
+    What a row says depends neither on when it came nor on who was there before. Raises `CannotJoin` where the model's
+    configuration lets no rows come.
+    """
+
+    def feed(self, decoding: Any, ids: Sequence[int]) -> Spent:
+        """Read more of the prompt of a decoding of one row that hasn't advanced, as if `open` had read all of it.
+
+        Raises `PromptError` where it and the row's new tokens don't fit the prompt's `capacity`.
+        """
+
+    def join(self, decoding: Any, other: Any, *, most_rows: int) -> None:
+        """Take the rows of `other`, which is used up, in behind those of `decoding`.
+
+        Both were opened with the same `capacity`; memory for `most_rows` rows is taken at once. There may be no rows
+        left to join, and the memory of those before is used again.
+        """
+
+    def keep(self, decoding: Any, rows: Sequence[int]) -> None:
+        """Keep the rows with these indices, in this order, and forget the others.
+
+        Only rows whose index changes are moved: a finished row's place is best filled by the last row.
+        """
 
 
 @runtime_checkable

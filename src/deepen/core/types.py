@@ -110,10 +110,15 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Rows of token ids to continue, and the most tokens any row may gain."""
+    """Rows of token ids to continue, and the most tokens any row may gain.
+
+    `capacity` is how many tokens, old and new, each row shall have memory for; None: as many as the longest row may
+    grow to.
+    """
 
     rows: tuple[tuple[int, ...], ...]
     max_new_tokens: int
+    capacity: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from deepen.backbones.costs import pass_flops, row_state_bytes
 from deepen.backbones.hf import Backbone
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Prompt
+from deepen.core.types import Advance, Prompt, Spent
 from deepen.generate.drafts import NO_DRAFT
-from deepen.generate.verify import Decoding, open_decoding, verify
+from deepen.generate.verify import Decoding, feed, open_decoding, verify
 
 
 class PlainDecoder:
@@ -27,6 +27,18 @@ class PlainDecoder:
     def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
         decoding.drop(rows)
+
+    def feed(self, decoding: Decoding, ids: Sequence[int]) -> Spent:
+        """Read more of the prompt of a decoding of one row."""
+        return feed(self._backbone, decoding, ids)
+
+    def join(self, decoding: Decoding, other: Decoding, *, most_rows: int) -> None:
+        """Take the rows of `other` in."""
+        decoding.join(other, most_rows=most_rows)
+
+    def keep(self, decoding: Decoding, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        decoding.keep(rows)
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of the base's pass."""

@@ -8,13 +8,14 @@ base's next token. An empty draft makes this plain decoding: there is no other p
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.hf import Backbone, LayerEdit
-from deepen.core.errors import PromptError
+from deepen.core.errors import PromptError, RollbackError
 from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt, RowAdvance, Spent
 from deepen.generate.drafts import Draft
@@ -37,27 +38,63 @@ class Decoding:
         return self.limits[row] - len(self.rows[row])
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Forget these rows."""
-        kept = [row for row in range(len(self.rows)) if row not in set(rows)]
-        self.cache.keep_rows(kept)
-        self.rows = [self.rows[row] for row in kept]
-        self.limits = [self.limits[row] for row in kept]
+        """Forget these rows; the others keep their order."""
+        gone = set(rows)
+        self.keep([row for row in range(len(self.rows)) if row not in gone])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep the rows with these indices, in this order, and forget the others."""
+        self.cache.keep_rows(rows)
+        self.rows = [self.rows[row] for row in rows]
+        self.limits = [self.limits[row] for row in rows]
+
+    def join(self, other: Self, *, most_rows: int) -> None:
+        """Take the rows of `other`, which is used up, in behind those there are; see `PrefixCache.join`."""
+        self.cache.join(other.cache, most_rows=most_rows)
+        self.rows = [*self.rows, *other.rows]
+        self.limits = [*self.limits, *other.limits]
+        self.prefill += other.prefill
 
 
 def open_decoding(backbone: Backbone, prompt: Prompt, *, scratch: int = 0) -> Decoding:
-    """Read every row but its last token into a new cache with room for `prompt.max_new_tokens` more.
+    """Read every row but its last token into a new cache with room for `prompt.max_new_tokens` more, or as its capacity
+    says.
 
     Passes may go `scratch` positions further than the last token.
 
-    Raises `PromptError` for an empty row, an id outside the vocabulary, or more tokens than the context holds.
+    Raises `PromptError` for an empty row, an id outside the vocabulary, or more tokens than the context or the capacity
+    holds.
     """
     check_prompt(backbone, prompt)
     rows = [list(row) for row in prompt.rows]
-    capacity = max(map(len, rows)) + prompt.max_new_tokens + scratch
-    cache = backbone.new_cache(batch_size=len(rows), capacity=capacity)
+    capacity = prompt.capacity if prompt.capacity is not None else max(map(len, rows)) + prompt.max_new_tokens
+    cache = backbone.new_cache(batch_size=len(rows), capacity=capacity + scratch)
     decoding = Decoding(cache, rows, [len(row) + prompt.max_new_tokens for row in rows])
     decoding.prefill = read(backbone, cache, [row[:-1] for row in rows])
     return decoding
+
+
+def feed(backbone: Backbone, decoding: Decoding, ids: Sequence[int]) -> Spent:
+    """Read more of the prompt of a decoding of one row that hasn't advanced, as if `open_decoding` had read all of it.
+
+    Raises `PromptError` for an id outside the vocabulary, or more tokens than there is room for beside the new ones.
+    """
+    if len(decoding.rows) != 1:
+        raise RollbackError(f"a prompt is read on alone: this decoding has {len(decoding.rows)} rows; feed, then join")
+    ids = list(ids)
+    _check_ids(backbone, 0, ids)
+    limit, capacity = decoding.limits[0] + len(ids), decoding.cache.capacity
+    if limit > capacity:
+        raise PromptError(
+            f"with {len(ids)} tokens more the prompt and its new ones are {limit}, but the decoding was opened with a "
+            f"capacity of {capacity}: raise capacity or lower max_new_tokens"
+        )
+    row = decoding.rows[0]
+    spent = read(backbone, decoding.cache, [[*row, *ids][len(row) - 1 : -1]])
+    row.extend(ids)
+    decoding.limits = [limit]
+    decoding.prefill += spent
+    return spent
 
 
 def read(backbone: Backbone, cache: PrefixCache, rows: Sequence[Sequence[int]]) -> Spent:
@@ -140,15 +177,24 @@ def check_prompt(backbone: Backbone, prompt: Prompt) -> None:
     for index, row in enumerate(prompt.rows):
         if not row:
             raise PromptError(f"prompt {index} is empty; give at least one token (a beginning-of-sequence id will do)")
-        outside = [token for token in row if not 0 <= token < backbone.vocab_size]
-        if outside:
-            raise PromptError(
-                f"prompt {index} holds id {outside[0]}, outside this model's vocabulary of {backbone.vocab_size}; "
-                "encode it with the model's own tokenizer"
-            )
+        _check_ids(backbone, index, row)
         if context is not None and len(row) + prompt.max_new_tokens > context:
             raise PromptError(
                 f"prompt {index} has {len(row)} tokens; with max_new_tokens {prompt.max_new_tokens} it exceeds this "
                 f"model's context of {context}: shorten the prompt by {len(row) + prompt.max_new_tokens - context} "
                 "tokens or lower max_new_tokens"
             )
+        if prompt.capacity is not None and len(row) + prompt.max_new_tokens > prompt.capacity:
+            raise PromptError(
+                f"prompt {index} has {len(row)} tokens; with max_new_tokens {prompt.max_new_tokens} it exceeds the "
+                f"capacity of {prompt.capacity}: raise capacity or lower max_new_tokens"
+            )
+
+
+def _check_ids(backbone: Backbone, index: int, row: Sequence[int]) -> None:
+    outside = [token for token in row if not 0 <= token < backbone.vocab_size]
+    if outside:
+        raise PromptError(
+            f"prompt {index} holds id {outside[0]}, outside this model's vocabulary of {backbone.vocab_size}; "
+            "encode it with the model's own tokenizer"
+        )

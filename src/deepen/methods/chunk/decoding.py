@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from deepen.core.method import Sampler
 from deepen.core.types import Advance, Prompt, RowAdvance, Spent
 from deepen.generate.drafts import NO_DRAFT, Draft, JacobiDraft, LookupDraft
 from deepen.generate.policy import Choice, DraftPolicy, Offer
-from deepen.generate.verify import Decoding, judge, open_decoding, read, run_drafts, spent_on, verify
+from deepen.generate.verify import Decoding, feed, judge, open_decoding, read, run_drafts, spent_on, verify
 from deepen.methods.chunk.drafter import GoesOn, ShallowDrafter
 from deepen.methods.chunk.passes import Sidecar, run_slots
 
@@ -38,24 +39,31 @@ class ChunkDecoding(Decoding):
     lookups  indices of the rows' texts, to copy from
     guesses  what the last pass predicted behind what it committed
     pending  what slots proposed, as far as nothing committed since differs from it; `NO_DRAFT` where there is nothing
-    tops     `[B, L, D]`, what the layers that the drafter reads gave at the last token read; None before the first pass
-    policy   measurements
+    tops     `[L, D]` each, what the layers that the drafter reads gave at the last token read; None before a first pass
+    policy   measurements; of the rows that come, none are taken over
     """
 
     lookups: list[LookupDraft] = field(default_factory=list)
     guesses: list[JacobiDraft] = field(default_factory=list)
     pending: list[Draft] = field(default_factory=list)
-    tops: Tensor | None = None
+    tops: list[Tensor | None] = field(default_factory=list)
     policy: DraftPolicy = field(default_factory=DraftPolicy)
 
-    def drop(self, rows: Sequence[int]) -> None:
-        """Forget these rows and their drafts."""
-        kept = [row for row in range(len(self.rows)) if row not in set(rows)]
-        super().drop(rows)
-        self.lookups = [self.lookups[row] for row in kept]
-        self.guesses = [self.guesses[row] for row in kept]
-        self.pending = [self.pending[row] for row in kept]
-        self.tops = None if self.tops is None else self.tops[kept]
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order, and their drafts."""
+        super().keep(rows)
+        self.lookups = [self.lookups[row] for row in rows]
+        self.guesses = [self.guesses[row] for row in rows]
+        self.pending = [self.pending[row] for row in rows]
+        self.tops = [self.tops[row] for row in rows]
+
+    def join(self, other: Self, *, most_rows: int) -> None:
+        """Take the rows of `other` in, and their drafts."""
+        super().join(other, most_rows=most_rows)
+        self.lookups = [*self.lookups, *other.lookups]
+        self.guesses = [*self.guesses, *other.guesses]
+        self.pending = [*self.pending, *other.pending]
+        self.tops = [*self.tops, *other.tops]
 
 
 class ExactDecoder:
@@ -94,6 +102,7 @@ class ExactDecoder:
             lookups=[LookupDraft() for _ in opened.rows],
             guesses=[JacobiDraft() for _ in opened.rows],
             pending=[NO_DRAFT for _ in opened.rows],
+            tops=[None for _ in opened.rows],
         )
 
     @torch.no_grad()
@@ -110,6 +119,18 @@ class ExactDecoder:
     def drop(self, decoding: ChunkDecoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
         decoding.drop(rows)
+
+    def feed(self, decoding: ChunkDecoding, ids: Sequence[int]) -> Spent:
+        """Read more of the prompt of a decoding of one row."""
+        return feed(self._backbone, decoding, ids)
+
+    def join(self, decoding: ChunkDecoding, other: ChunkDecoding, *, most_rows: int) -> None:
+        """Take the rows of `other` in."""
+        decoding.join(other, most_rows=most_rows)
+
+    def keep(self, decoding: ChunkDecoding, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        decoding.keep(rows)
 
     def _most(self, decoding: ChunkDecoding, row: int) -> int:
         # A draft as long as the room would leave none for the base's own token behind it.
@@ -141,8 +162,7 @@ class ExactDecoder:
 
     def _read_ahead(self, decoding: ChunkDecoding, sampler: Sampler) -> Advance:
         """Verify as much as the drafter can propose."""
-        most = [self._most(decoding, row) for row in range(len(decoding.rows))]
-        drafts, drafting = self._ask(decoding, most)
+        drafts, drafting = self._ask(decoding, self._most_drafted(decoding))
         advance = self._do([Choice(draft) for draft in drafts], decoding, sampler)
         return Advance(advance.rows, advance.spent + drafting)
 
@@ -152,18 +172,18 @@ class ExactDecoder:
         most: Sequence[int],
         goes_on: GoesOn | None = None,
     ) -> tuple[list[Draft], Spent]:
-        """What the drafter proposes for rows that want any, so many tokens at most; before the first pass nothing."""
+        """What the drafter proposes for rows that want any, so many tokens at most."""
         drafts = [NO_DRAFT] * len(most)
-        rows = [row for row, wanted in enumerate(most) if wanted]
-        if decoding.tops is None or not rows:
+        asked = {row: top for row, top in enumerate(decoding.tops) if most[row] and top is not None}
+        if not asked:
             return drafts, Spent()
-        drafter = self._drafter
-        ids = torch.tensor([decoding.rows[row][-1] for row in rows], device=decoding.tops.device)
-        found = drafter.draft(decoding.tops[rows], ids, max(most), goes_on=goes_on)
-        for row, draft in zip(rows, found, strict=True):
+        drafter, tops = self._drafter, torch.stack(list(asked.values()))
+        ids = torch.tensor([decoding.rows[row][-1] for row in asked], device=tops.device)
+        found = drafter.draft(tops, ids, max(most), goes_on=goes_on)
+        for row, draft in zip(asked, found, strict=True):
             drafts[row] = draft.shortened(most[row])
         num_drafted = len(found[0].tokens)
-        flops = len(rows) * (drafter.flops_per_start + num_drafted * drafter.flops_per_token)
+        flops = len(asked) * (drafter.flops_per_start + num_drafted * drafter.flops_per_token)
         return drafts, Spent(added_flops=flops)
 
     @property
@@ -198,15 +218,20 @@ class ExactDecoder:
 
     def _drafted_if_it_pays(self, decoding: ChunkDecoding, copies: Sequence[Draft]) -> tuple[list[Draft], Spent]:
         policy, nothing = decoding.policy, [NO_DRAFT] * len(copies)
-        if not self._reads_ahead or decoding.tops is None:
+        room = self._most_drafted(decoding)
+        if not self._reads_ahead or not any(room):
             return nothing, Spent()
-        most = policy.ask(copies, [self._most(decoding, row) for row in range(len(copies))])
+        most = policy.ask(copies, room)
         if not any(most):
             return nothing, Spent()
         began = perf_counter()
         drafts, spent = self._ask(decoding, most, policy.goes_on)
         policy.drafted(drafts, perf_counter() - began)
         return drafts, spent
+
+    def _most_drafted(self, decoding: ChunkDecoding) -> list[int]:
+        # The drafter starts from what a pass has left, so a row's first pass is without it.
+        return [0 if top is None else self._most(decoding, row) for row, top in enumerate(decoding.tops)]
 
     def _most_slots(self, decoding: ChunkDecoding, row: int) -> int:
         # A pass with slots commits one token, so the verify pass behind it has room for one fewer.
@@ -221,7 +246,7 @@ class ExactDecoder:
         logits = self._run(decoding, read, num_slots, outputs)
         gained = judge(decoding, drafts, logits, sampler)
         if self._reads_ahead:
-            decoding.tops = _at_last_read(outputs.stacked(), gained)
+            decoding.tops = list(_at_last_read(outputs.stacked(), gained))
         decoding.pending = [
             _proposed(logits[row, 1 : 1 + slots]) if slots else pending.behind(gained[row].tokens)
             for row, (slots, pending) in enumerate(zip(num_slots, decoding.pending, strict=True))

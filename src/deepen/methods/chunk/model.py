@@ -19,10 +19,10 @@ from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone
 from deepen.backbones.recurrence import use_delta_attention
 from deepen.backbones.tuned_layers import TunedLayers
-from deepen.core.errors import ConfigError, PromptError
+from deepen.core.errors import CannotJoin, ConfigError, PromptError
 from deepen.core.method import Sampler
 from deepen.core.tensors import fill
-from deepen.core.types import Advance, Batch, Progress, Prompt, Score, StepOutput, Unit, Work
+from deepen.core.types import Advance, Batch, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
 from deepen.generate import door
 from deepen.generate.loop import complete
 from deepen.generate.sampling import SamplingConfig
@@ -182,6 +182,29 @@ class ChunkRefineWrapper(nn.Module):
     def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
         decoding.drop(rows)
+
+    def feed(self, decoding: Any, ids: Sequence[int]) -> Spent:
+        """Read more of the prompt of a decoding of one row; raises `CannotJoin` in refined mode."""
+        with self.adapted():
+            return self._joining.feed(decoding, ids)
+
+    def join(self, decoding: Any, other: Any, *, most_rows: int) -> None:
+        """Take the rows of `other` in; raises `CannotJoin` in refined mode."""
+        self._joining.join(decoding, other, most_rows=most_rows)
+
+    def keep(self, decoding: Decoding, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        decoding.keep(rows)
+
+    @property
+    def _joining(self) -> ExactDecoder:
+        decoder = self._decoder(self.config)
+        if isinstance(decoder, RefinedDecoder):
+            raise CannotJoin(
+                'commit_mode is "refined", in which rows begin and refine their chunks together, so that none can join '
+                'on the way in this version; set commit_mode to "exact", or decode these rows as a batch of their own'
+            )
+        return decoder
 
     def _decoder(self, config: RecursiveConfig) -> ExactDecoder | RefinedDecoder:
         config.check()

@@ -43,15 +43,14 @@ class RefinedDecoding(Decoding):
         for row, gained in zip(self.rows, tokens, strict=True):
             row.extend(gained)
 
-    def drop(self, rows: Sequence[int]) -> None:
-        """Forget these rows and all that belongs to them."""
-        kept = [row for row in range(len(self.rows)) if row not in set(rows)]
-        super().drop(rows)
-        self.unread = [self.unread[row] for row in kept]
-        self.tails = [self.tails[row] for row in kept]
-        self.states = {layer: state[kept] for layer, state in self.states.items()}
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order, and all that belongs to them."""
+        super().keep(rows)
+        self.unread = [self.unread[row] for row in rows]
+        self.tails = [self.tails[row] for row in rows]
+        self.states = {layer: state[list(rows)] for layer, state in self.states.items()}
         if self.next_logits is not None:
-            self.next_logits = self.next_logits[kept]
+            self.next_logits = self.next_logits[list(rows)]
 
 
 class PassCounter:

@@ -14,7 +14,7 @@ from deepen.backbones.hf import Backbone
 from deepen.backbones.recurrence import use_delta_attention
 from deepen.core.errors import CheckpointError
 from deepen.core.method import Sampler
-from deepen.core.types import Advance, Batch, LossTerm, Progress, Prompt, Score, StepOutput, Unit, Work
+from deepen.core.types import Advance, Batch, LossTerm, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.scoring import score_at_once
 from deepen.generate.verify import Decoding
@@ -70,6 +70,19 @@ class DenseModel(nn.Module):
     def drop(self, decoding: Decoding, rows: Sequence[int]) -> None:
         """Forget finished rows."""
         decoding.drop(rows)
+
+    def feed(self, decoding: Decoding, ids: Sequence[int]) -> Spent:
+        """Read more of the prompt of a decoding of one row."""
+        with self.adapted():
+            return self._decoder.feed(decoding, ids)
+
+    def join(self, decoding: Decoding, other: Decoding, *, most_rows: int) -> None:
+        """Take the rows of `other` in."""
+        decoding.join(other, most_rows=most_rows)
+
+    def keep(self, decoding: Decoding, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        decoding.keep(rows)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:

@@ -95,6 +95,19 @@ class TRMModel(nn.Module):
         """Forget finished rows."""
         decoding.drop(rows)
 
+    def feed(self, decoding: Decoding, ids: Sequence[int]) -> Spent:
+        """Read more of the prompt of a decoding of one row."""
+        with self.adapted():
+            return self._decoder.feed(decoding, ids)
+
+    def join(self, decoding: Decoding, other: Decoding, *, most_rows: int) -> None:
+        """Take the rows of `other` in."""
+        decoding.join(other, most_rows=most_rows)
+
+    def keep(self, decoding: Decoding, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        decoding.keep(rows)
+
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:
         """One forward over the whole text; positions halt as they do in decoding."""
