@@ -126,9 +126,11 @@ class Adapting(Protocol):
 class Joining(Decoder, Protocol):
     """A decoder whose rows come and go while it decodes, as requests that are served together do.
 
-    What a row says depends neither on when it came nor on who was there before. Raises `CannotJoin` where the model's
-    configuration lets no rows come.
+    What a row says depends neither on when it came nor on who was there before.
     """
+
+    def check_joining(self) -> None:
+        """Raises `CannotJoin` where the model's configuration lets no rows come; then so does what follows."""
 
     def feed(self, decoding: Any, ids: Sequence[int]) -> Spent:
         """Read more of the prompt of a decoding of one row that hasn't advanced, as if `open` had read all of it.

@@ -53,7 +53,8 @@ class Engine:
         exit_width    tokens that leave together, of a model that is batched by depth; default: half of the slots
         tokenizer     for the text of events, and for stop strings
 
-        Raises `ConfigError` for a number that can't be, and for a decoder that can't serve.
+        Raises `ConfigError` for a number that can't be, and for a decoder that can't serve; `CannotJoin` for one that
+        can't as it is configured.
         """
         self._refuse_numbers(slots=slots, max_length=max_length, prompt_width=prompt_width, exit_width=exit_width)
         self._backbone, self._tokenizer = backbone, tokenizer
@@ -187,6 +188,7 @@ def make_runner(
             f"a {type(decoder).__name__} answers its rows together and can't take any on its way; its rows would have "
             "to come and go (core/method.py, Joining)"
         )
+    decoder.check_joining()
     bytes_per_row = decoder.state_bytes(context=round_up(max_length, KEY_BLOCK))
     fitting = slots if memory_bytes is None else min(slots, memory_bytes // bytes_per_row - 1)
     if fitting < 1:

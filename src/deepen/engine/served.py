@@ -64,8 +64,9 @@ class AsyncEngine:
                 if isinstance(event, Finished):
                     return
         finally:
-            if self._closed is None:
-                self._ask(partial(self._leave, number))
+            with self._gate:
+                if self._closed is None:
+                    self._asked.put((partial(self._leave, number), Future()))
 
     def _ask(self, what: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()

@@ -28,6 +28,9 @@ class PlainDecoder:
         """Forget finished rows."""
         decoding.drop(rows)
 
+    def check_joining(self) -> None:
+        """Rows may always come."""
+
     def feed(self, decoding: Decoding, ids: Sequence[int]) -> Spent:
         """Read more of the prompt of a decoding of one row."""
         return feed(self._backbone, decoding, ids)

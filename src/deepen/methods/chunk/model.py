@@ -183,6 +183,10 @@ class ChunkRefineWrapper(nn.Module):
         """Forget finished rows."""
         decoding.drop(rows)
 
+    def check_joining(self) -> None:
+        """Raises `CannotJoin` in refined mode."""
+        _ = self._joining
+
     def feed(self, decoding: Any, ids: Sequence[int]) -> Spent:
         """Read more of the prompt of a decoding of one row; raises `CannotJoin` in refined mode."""
         with self.adapted():

@@ -71,6 +71,9 @@ class DenseModel(nn.Module):
         """Forget finished rows."""
         decoding.drop(rows)
 
+    def check_joining(self) -> None:
+        """Rows may always come."""
+
     def feed(self, decoding: Decoding, ids: Sequence[int]) -> Spent:
         """Read more of the prompt of a decoding of one row."""
         with self.adapted():

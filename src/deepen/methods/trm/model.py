@@ -95,6 +95,9 @@ class TRMModel(nn.Module):
         """Forget finished rows."""
         decoding.drop(rows)
 
+    def check_joining(self) -> None:
+        """Rows may always come."""
+
     def feed(self, decoding: Decoding, ids: Sequence[int]) -> Spent:
         """Read more of the prompt of a decoding of one row."""
         with self.adapted():

@@ -120,6 +120,9 @@ def test_refined_mode_says_that_none_can_join() -> None:
         model.join(decoding, opened(model, [6]), most_rows=3)
     with pytest.raises(CannotJoin, match="commit_mode"):
         model.feed(decoding, [6])
+    with pytest.raises(CannotJoin, match="commit_mode"):
+        model.check_joining()
+    wrapper().check_joining()
 
 
 def test_refined_rows_may_change_places() -> None:
