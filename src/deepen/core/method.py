@@ -151,6 +151,9 @@ class Joining(Decoder, Protocol):
         Only rows whose index changes are moved: a finished row's place is best filled by the last row.
         """
 
+    def state_bytes(self, *, context: int) -> int:
+        """Bytes of cache and state that one row holds after `context` tokens."""
+
 
 @runtime_checkable
 class Recurring(Protocol):
