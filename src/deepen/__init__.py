@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepen.engine.engine import Engine as Engine
+    from deepen.engine.request import Request as Request
+    from deepen.engine.served import AsyncEngine as AsyncEngine
     from deepen.methods.chunk.config import RecursiveConfig as RecursiveConfig
     from deepen.methods.chunk.config import get_after_surgery_config as get_after_surgery_config
     from deepen.methods.chunk.config import get_baseline_config as get_baseline_config
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "AsyncEngine": "deepen.engine.served",
+    "Engine": "deepen.engine.engine",
+    "Request": "deepen.engine.request",
     "RecursiveConfig": "deepen.methods.chunk.config",
     "get_after_surgery_config": "deepen.methods.chunk.config",
     "get_baseline_config": "deepen.methods.chunk.config",

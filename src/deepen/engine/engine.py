@@ -50,7 +50,8 @@ class Engine:
         max_length    tokens that one may hold, its prompt's among them; default: the context, at most DEFAULT_LENGTH
         memory_bytes  for keys and values; default: enough for all slots
         prompt_width  tokens of prompts that go through at once
-        exit_width    tokens that leave together, of a model that is batched by depth; default: half of the slots
+        exit_width    of a model that is batched by depth, tokens that leave together where none has waited for long
+                      (DepthRunner); default: as many as there are slots
         tokenizer     for the text of events, and for stop strings
 
         Raises `ConfigError` for a number that can't be, and for a decoder that can't serve; `CannotJoin` for one that
@@ -65,7 +66,7 @@ class Engine:
             max_length=max_length or min(backbone.context_length or DEFAULT_LENGTH, DEFAULT_LENGTH),
             memory_bytes=memory_bytes,
             prompt_width=prompt_width,
-            exit_width=exit_width or max(1, slots // 2),
+            exit_width=exit_width or slots,
         )
         self._scheduler = Scheduler(self._runner)
         self._numbers = count()

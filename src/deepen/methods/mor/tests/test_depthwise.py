@@ -135,6 +135,16 @@ def test_every_kind_of_model(routing: str, kv: str, sharing: str) -> None:
     assert [each.tokens for each in engine.complete(requests)] == [alone(model, each).tokens for each in requests]
 
 
+def test_a_model_of_one_recursion_is_batched_as_any_plain_one() -> None:
+    model = method(num_recursions=1, num_hidden_layers=4)
+    requests = [Request(tuple(range(3, 3 + length)), stop=StopConfig(max_new_tokens=6)) for length in (2, 11, 5)]
+    engine = Engine(model, backbone=model.backbone, slots=3, prompt_width=64)
+    assert [each.tokens for each in engine.complete(requests)] == [alone(model, each).tokens for each in requests]
+    # One call for the prompts with a first token of none, then one a token: nobody waits for anybody.
+    assert engine.statistics.spent.passes == 7
+    assert engine.statistics.heads == {3: 6}
+
+
 @pytest.mark.parametrize(("routing", "kv", "sharing"), KINDS)
 def test_bytes_are_those_of_the_formula_while_it_runs(routing: str, kv: str, sharing: str) -> None:
     model = method(routing=routing, kv=kv, sharing=sharing)
