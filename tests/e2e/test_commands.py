@@ -600,7 +600,7 @@ class TestBench:
     )
 
     def test_delta_attention(self, tmp_path, capsys):
-        out, _ = said(capsys, "bench", "--subject", "delta", *self.TINY, "--out", str(tmp_path / "delta.json"))
+        out, _ = said(capsys, "bench", "delta", *self.TINY, "--out", str(tmp_path / "delta.json"))
         figures = json.loads((tmp_path / "delta.json").read_text())
         assert [line["rounds"] for line in figures["lines"]] == [1, 2, 2, 1, 2, 2]
         assert all(line["line"] in out and line["difference"] < 1e-3 for line in figures["lines"])
@@ -611,19 +611,39 @@ class TestBench:
         assert figures["equality"]["bfloat16"]["tiny:kimi_linear"]["rows"] == 1
         assert "13x" in out and "25x" in out and "model" in figures and figures["options"]["tokens"] == 70
 
+    def test_many_requests_at_once(self, tmp_path, capsys):
+        out, _ = said(
+            capsys,
+            *("bench", "engine", "--engine.models", "tiny:llama", "--engine.slots", "1", "3", "--engine.rounds", "1"),
+            *("--engine.drafts", "lookup", "--engine.new-tokens", "6", "--engine.prompt-tokens", "400"),
+            *("--engine.load-requests", "4", "--out", str(tmp_path / "engine.json")),
+        )
+        figures = json.loads((tmp_path / "engine.json").read_text())
+        assert [(line["slots"], line["model"]) for line in figures["throughput"]] == [
+            (slots, model) for slots in (1, 3) for model in ("tiny:llama", "tiny:llama, exact, lookup")
+        ]
+        assert all(line["differing"] == [] for line in figures["throughput"])
+        assert set(figures["agreement"].values()) == {"all equal"}
+        assert [line["model"] for line in figures["latency"]] == [line["model"] for line in figures["best"]]
+        assert "tiny:llama, exact, lookup" in out and "3 of 3" in out
+
     def test_a_row_that_parts_is_its_verdict(self, tmp_path, capsys, monkeypatch):
         found = {"rows": 1, "equal": 0, "match_rate": 0.0, "near_ties": 0, "others": ["case 0 (mask), row 0"]}
         found |= {"margin_median": 0.5, "margin_largest": 0.5, "tokens_per_pass": 1.0}
         monkeypatch.setattr(bench_delta, "_equality_on", lambda *_: found)
-        assert main(["bench", "--subject", "delta", *self.TINY, "--out", str(tmp_path / "delta.json")]) == 1
+        assert main(["bench", "delta", *self.TINY, "--out", str(tmp_path / "delta.json")]) == 1
         assert "tiny:kimi_linear, case 0 (mask), row 0" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--subject", "delta", "--max-new-tokens", "8"], "--max-new-tokens is set, which --subject delta"),
-            (["--delta.heads", "2"], "--delta.* is set, which --subject decoding does not read; drop it, or choose"),
-            (["--subject", "delta", "--delta.heads", "0"], "--delta.heads is 0; give a whole number from 1 on"),
+            (["delta", "--max-new-tokens", "8"], "--max-new-tokens is set, which `deepen bench delta` does not read"),
+            (["--delta.heads", "2"], "--delta.* is set, which `deepen bench decoding` does not read; drop it, or give"),
+            (["delta", "--delta.heads", "0"], "--delta.heads is 0; give a whole number from 1 on"),
+            (["engine", "--engine.slots", "0"], "--engine.slots is 0; give whole numbers from 1 on"),
+            (["engine", "--engine.rounds", "0"], "--engine.rounds is 0; give a whole number from 1 on"),
+            (["engine", "--engine.load", "-1"], "--engine.load is -1.0; give a share above 0, or 0"),
+            (["delta", "--engine.load", "0"], "--engine.* is set, which `deepen bench delta` does not read"),
         ],
     )
     def test_a_setting_that_means_nothing_is_refused(self, arguments, message, capsys):

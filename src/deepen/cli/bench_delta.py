@@ -1,4 +1,4 @@
-"""`deepen bench --subject delta`: delta attention against transformers', what it keeps, whether tokens are equal."""
+"""`deepen bench delta`: delta attention against transformers', what it keeps, whether tokens are equal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ _MAY_BE_NONE = ("cases", "coarse_cases", "bases")
 
 @dataclass(frozen=True)
 class DeltaOptions:
-    """Read with `--subject delta` only."""
+    """Read by `deepen bench delta` only."""
 
     tokens: int = 2048
     """Tokens of a training step, of the op and of the model."""

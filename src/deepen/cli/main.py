@@ -31,7 +31,7 @@ VERBS = {
     "check": "hold any causal language model, also your own class, to what such a model must do",
     "inspect": "what a model is made of and what a pass of it costs",
     "methods": "the methods there are, and their presets",
-    "bench": "time plain and exact decoding, or delta attention, against transformers",
+    "bench": "time plain and exact decoding or delta attention against transformers, or many requests at once",
 }
 
 _BAD_INPUT = 2

@@ -1,7 +1,7 @@
 """What an engine brings: tokens a second of many requests at once, latencies under load, and what it held meanwhile."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, quantiles
 from time import perf_counter, sleep
@@ -163,13 +163,3 @@ def under_load(
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
     cuts = quantiles(values, n=100, method="inclusive")
     return {"mean": fmean(values), **{f"p{percent}": cuts[percent - 1] for percent in PERCENTILES}}
-
-
-def equal_answers(mine: Answers, others: Answers) -> int:
-    """Requests to which both said the same."""
-    return sum(a == b for a, b in zip(mine.tokens, others.tokens, strict=True))
-
-
-def best_slots(speeds: Mapping[int, float]) -> int:
-    """The number of slots at which a model is fastest."""
-    return max(speeds, key=speeds.__getitem__)
