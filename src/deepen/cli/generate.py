@@ -1,11 +1,12 @@
 """deepen generate"""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from deepen.cli.options import (
     Model,
@@ -18,7 +19,8 @@ from deepen.cli.options import (
     Texts,
     read_settings,
 )
-from deepen.core.errors import ConfigError, PromptError
+from deepen.cli.prompt import encode, read_prompt
+from deepen.core.errors import ConfigError
 from deepen.core.files import write_json
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 class Options:
     """Continue a prompt with a model or an adapter; the text streams to stdout, everything else goes to stderr.
 
-    Greedy unless a temperature is given.
+    Greedy unless a temperature is given. With --file and --out many prompts are answered at once, each as if it were
+    alone, and the answers are written to a file; the same command goes on with one that was cut off. Exit status 1 if
+    one of them could not be answered.
     """
 
     model: Model
@@ -41,6 +45,18 @@ class Options:
     """The prompt; left out, it is read from --prompt-file or from standard input, less one newline at its end."""
     prompt_file: OptionalFile = None
     """A UTF-8 file with the prompt."""
+    file: Annotated[str | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """A prompt a line: an object with "prompt", "messages" or "prompt_tokens", an "id" if it has one, and settings of
+    its own (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop). Line i, from 0, draws
+    with seed + i."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """With --file: where the answers go, a line each, in the order of the prompts."""
+    slots: OptionalInteger = None
+    """With --file: prompts to answer at once; left out, 8."""
+    memory_gb: OptionalNumber = None
+    """With --file: memory for keys and values, in 10^9 bytes; left out, enough for all slots."""
+    max_length: OptionalInteger = None
+    """With --file: tokens that a prompt and its answer may have; left out, the model's context, at most 2048."""
     chat: bool = True
     """Put the prompt as a user's message, if the model has a chat template; --no-chat continues it as it is."""
     max_new_tokens: int = 256
@@ -100,23 +116,17 @@ class _Timing:
 
 def run(options: Options) -> int:
     """Generate."""
-    text = read_prompt(options)
-    overrides = _overrides(options)
-    from deepen.checkpoint import open_model
+    if options.file is not None:
+        from deepen.cli.generate_file import answer_file
 
-    sampling, stop = _sampling(options), _stop(options)
-    opened = open_model(
-        options.model,
-        dtype=options.dtype,
-        device=options.device,
-        overrides=overrides,
-        base=options.base,
-        trust_remote_code=options.trust_remote_code,
-        pack=options.pack,
-    )
-    if options.recursions is not None:
-        opened = _at_depth(opened, options.recursions, address=options.model)
-    stop = _with_eos(stop, opened)
+        return answer_file(options, options.file)
+    _refuse_alone(options)
+    text = read_prompt(options.prompt, options.prompt_file)
+    overrides = overrides_of(options)
+    sampling, stop = sampling_of(options), stop_of(options)
+    refuse_idle(sampling)
+    opened = opened_for(options, overrides)
+    stop = with_eos(stop, opened)
     chat = options.chat and opened.tokenizer.chat_template is not None
     ids = encode(opened.tokenizer, text, chat=chat)
     result, timing = _stream(opened, ids, sampling, stop)
@@ -129,6 +139,32 @@ def run(options: Options) -> int:
     return 0
 
 
+def _refuse_alone(options: Options) -> None:
+    for name in ("out", "slots", "memory_gb", "max_length"):
+        value = getattr(options, name)
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {value} is for --file, which isn't given; add --file FILE.jsonl, or leave it out"
+            )
+
+
+def opened_for(options: Options, overrides: Mapping[str, Any]) -> "Opened":
+    """The model, with these fields of its configuration set differently."""
+    from deepen.checkpoint import open_model
+
+    opened = open_model(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        overrides=overrides,
+        base=options.base,
+        trust_remote_code=options.trust_remote_code,
+        pack=options.pack,
+    )
+    return opened if options.recursions is None else _at_depth(opened, options.recursions, address=options.model)
+
+
 def _at_depth(opened: "Opened", number: int, *, address: str) -> "Opened":
     from deepen.evaluate.recursions import at_each_depth
 
@@ -136,56 +172,8 @@ def _at_depth(opened: "Opened", number: int, *, address: str) -> "Opened":
     return replace(opened, decoder=model, model=model, backbone=model.backbone)
 
 
-def read_prompt(options: Options) -> str:
-    """The prompt's text; raises `PromptError` if there is none, more than one, an empty one, or it is not UTF-8."""
-    if options.prompt is not None and options.prompt_file is not None:
-        raise PromptError(f"--prompt and --prompt-file {options.prompt_file} are two prompts; give one of them")
-    if options.prompt is not None:
-        source, text = "--prompt", options.prompt
-    elif options.prompt_file is not None:
-        source, text = options.prompt_file, _decoded(_file(options.prompt_file), options.prompt_file)
-    elif sys.stdin is None or sys.stdin.isatty():
-        raise PromptError("there is no prompt: pass --prompt TEXT or --prompt-file FILE, or pipe one in")
-    else:
-        source, text = "standard input", _decoded(sys.stdin.buffer.read(), "standard input")
-    if not text:
-        raise PromptError(f"the prompt ({source}) is empty; give at least one character")
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:  # arguments may hold bytes that no encoding explains
-        raise PromptError(f"the prompt ({source}) is not UTF-8 text; convert it first") from cause
-    return text
-
-
-def _file(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as cause:
-        raise PromptError(f"--prompt-file {path} can't be read: {cause.strerror}") from cause
-
-
-def _decoded(content: bytes, source: str) -> str:
-    """The text, less the newline that ends the last line of every file and of every `echo`."""
-    try:
-        return content.decode("utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as cause:
-        raise PromptError(f"the prompt ({source}) is not UTF-8 text (byte {cause.start}); convert it first") from cause
-
-
-def encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
-    """The ids of the prompt, as it stands or as a user's message that asks for an answer."""
-    if not chat:
-        return [int(token) for token in tokenizer.encode(text, verbose=False)]
-    message = [{"role": "user", "content": text}]
-    try:
-        framed = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    except Exception as cause:  # a template is a program that comes with the model
-        raise PromptError(f"the model's chat template refuses the prompt: {cause}; --no-chat does without") from cause
-    # The template has written the special tokens that belong there.
-    return [int(token) for token in tokenizer.encode(framed, add_special_tokens=False, verbose=False)]
-
-
-def _overrides(options: Options) -> dict[str, Any]:
+def overrides_of(options: Options) -> dict[str, Any]:
+    """The fields of the model's configuration that flags set."""
     settings = read_settings(options.set)
     for name in _FIELD_FLAGS:
         value = getattr(options, name)
@@ -197,27 +185,33 @@ def _overrides(options: Options) -> dict[str, Any]:
     return settings
 
 
-def _sampling(options: Options) -> "SamplingConfig":
+def sampling_of(options: Options) -> "SamplingConfig":
+    """What the flags say of how tokens are chosen."""
     from deepen.generate.sampling import SamplingConfig
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    given = {name: getattr(options, name) for name in names}
-    sampling = SamplingConfig.from_dict(given, source="sampling")
+    given = {field.name: getattr(options, field.name) for field in fields(SamplingConfig)}
+    return SamplingConfig.from_dict(given, source="sampling")
+
+
+def refuse_idle(sampling: "SamplingConfig", *, source: str = "") -> None:
+    """Raises `ConfigError`, which begins with `source`, for a setting that does nothing where nothing is drawn."""
     for name in ("top_k", "top_p", "min_p"):
-        if sampling.greedy and given[name] != getattr(Options, name):
-            raise ConfigError(f"{name} {given[name]} has no effect at temperature 0 (greedy); set a temperature, too")
-    return sampling
+        value = getattr(sampling, name)
+        if sampling.greedy and value != getattr(type(sampling), name):
+            raise ConfigError(f"{source}{name} {value} has no effect at temperature 0 (greedy); set a temperature, too")
 
 
-def _stop(options: Options) -> "StopConfig":
+def stop_of(options: Options) -> "StopConfig":
+    """What the flags say of when a text ends."""
     from deepen.generate.stop import StopConfig
 
     given = {"stop_strings": options.stop, "max_new_tokens": options.max_new_tokens}
     return StopConfig.from_dict(given, source="stopping")
 
 
-def _with_eos(stop: "StopConfig", opened: "Opened") -> "StopConfig":
-    return type(stop).from_dict({**stop.to_dict(), "eos_ids": opened.eos_ids})
+def with_eos(stop: "StopConfig", opened: "Opened") -> "StopConfig":
+    """The same, and the ids that end a text of this model."""
+    return replace(stop, eos_ids=opened.eos_ids)
 
 
 def _stream(

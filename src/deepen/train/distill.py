@@ -13,7 +13,6 @@ recurrent layers, two nearly equal choices may swap.)
 
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from deepen import __version__
 from deepen.checkpoint import Opened, open_model
 from deepen.core.config import Config
 from deepen.core.errors import DeepenError
-from deepen.core.files import read_json, write_json
+from deepen.core.line_file import LineFile
 from deepen.data.formats import Document
 from deepen.data.measured import documents_of
 from deepen.evaluate.environment import environment
@@ -133,20 +132,20 @@ def distill(config: DistillConfig, *, display: Display = _unseen) -> Distilled:
         pack=True,
     )
     prompts = _prompts(config, opened)
-    path = Path(config.out).expanduser()
-    _claim(path, _made_by(config, opened, prompts))
-    num_kept = _mend(path, prompts, batch_size=config.batch_size)
+    file = LineFile(config.out)
+    file.claim(_made_by(config, opened, prompts), not_compared=_NOT_COMPARED)
+    num_kept = _mend(file, prompts, batch_size=config.batch_size)
     spent = Counter[str]()
     with display(len(prompts)) as advance:
         advance(num_kept)
         for first in range(num_kept, len(prompts), config.batch_size):
             batch = prompts[first : first + config.batch_size]
             results = _answers(opened, batch, config)
-            _append(path, [_record(*each, opened) for each in zip(batch, results, strict=True)])
+            file.append([_record(*each, opened) for each in zip(batch, results, strict=True)])
             spent.update(answers=len(batch), tokens=sum(len(result.tokens) for result in results))
             spent.update(passes=sum(result.passes for result in results))
             advance(len(batch))
-    return _summed_up(path, prompts, spent)
+    return _summed_up(file, prompts, spent)
 
 
 def _answers(opened: Opened, batch: Sequence[Sequence[int]], config: DistillConfig) -> list[RowResult]:
@@ -242,91 +241,36 @@ def _method_facts(config: DistillConfig, opened: Opened) -> dict[str, Any]:
     return {"method": method.name, "method_config": model.config.to_dict(), "method_weights": weights}
 
 
-def _claim(path: Path, made_by: Mapping[str, Any]) -> None:
-    """Say beside the file what makes it; raises `DeepenError` if it was made by something else."""
-    note = path.with_name(f"{path.name}.json")
-    if not note.exists():
-        if path.exists():
-            raise DeepenError(f"out {path} exists, and no {note.name} beside it says what made it; choose another")
-        write_json(note, made_by)
-        return
-    before = read_json(note)
-    if not isinstance(before, dict):
-        raise DeepenError(f"{note} doesn't say what made {path.name}; choose another out, or take both away")
-    for name, now in made_by.items():
-        if name not in _NOT_COMPARED and before.get(name) != now:
-            raise DeepenError(
-                f"out {path} was made by other settings: {name} is {json.dumps(before.get(name))} there, and "
-                f"{json.dumps(now)} here; choose another out, or take it and {note.name} away"
-            )
-
-
 # The file
 
 
-def _mend(path: Path, prompts: Sequence[tuple[int, ...]], *, batch_size: int) -> int:
+def _mend(file: LineFile, prompts: Sequence[tuple[int, ...]], *, batch_size: int) -> int:
     """The number of answers that are there and stay; a last batch that was cut off is taken away."""
-    if not path.exists():
-        return 0
-    sizes = [size for size, _ in _whole_lines(path, prompts)]
+    sizes = [size for size, _ in _whole_lines(file, prompts)]
     num_kept = len(sizes) if len(sizes) == len(prompts) else len(sizes) // batch_size * batch_size
-    if sum(sizes[:num_kept]) < path.stat().st_size:
-        try:
-            os.truncate(path, sum(sizes[:num_kept]))
-        except OSError as cause:
-            raise _unwritable(path, cause) from cause
+    file.cut(sum(sizes[:num_kept]))
     return num_kept
 
 
-def _whole_lines(path: Path, prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Bytes and record of each line up to one that has no end. Raises `DeepenError` for what no call has written."""
-    try:
-        with path.open("rb") as file:
-            for index, line in enumerate(file):
-                if not line.endswith(b"\n"):
-                    return
-                yield len(line), _read(line, prompts[index : index + 1], place=f"{path}, line {index + 1}")
-    except OSError as cause:
-        raise DeepenError(f"can't read {path}: {cause.strerror}") from cause
+def _whole_lines(file: LineFile, prompts: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Bytes and record of each line. Raises `DeepenError` for what no call has written."""
 
+    def answers_its_prompt(index: int, record: Mapping[str, Any]) -> bool:
+        return [record.get("prompt_ids")] == [list(ids) for ids in prompts[index : index + 1]]
 
-def _read(line: bytes, prompt: Sequence[tuple[int, ...]], *, place: str) -> dict[str, Any]:
-    """The record on a line that answers the one `prompt`."""
-    try:
-        record = json.loads(line)
-    except ValueError:  # bad syntax and bad UTF-8
-        record = None
-    if not isinstance(record, dict) or [record.get("prompt_ids")] != [list(ids) for ids in prompt]:
-        raise DeepenError(f"{place} is no answer to the prompt it should answer; take the file away to make it anew")
-    return record
-
-
-def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-    try:
-        with path.open("ab") as file:
-            # Text may hold half of a surrogate pair, which UTF-8 lacks and JSON's escapes don't.
-            file.write(lines.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as cause:
-        raise _unwritable(path, cause) from cause
-
-
-def _unwritable(path: Path, cause: OSError) -> DeepenError:
-    return DeepenError(f"can't write {path}: {cause.strerror}; free some space, or mend the place, and go on")
+    return file.whole_lines(answers_its_prompt)
 
 
 # Figures
 
 
-def _summed_up(path: Path, prompts: Sequence[tuple[int, ...]], spent: Mapping[str, int]) -> Distilled:
-    records = [record for _, record in _whole_lines(path, prompts)]
+def _summed_up(file: LineFile, prompts: Sequence[tuple[int, ...]], spent: Mapping[str, int]) -> Distilled:
+    records = [record for _, record in _whole_lines(file, prompts)]
     answers = [_as_answer(record, index) for index, record in enumerate(records)]
     found = generation_figures(answers)
     num_repeating = sum((_REPETITION.over([answer]) or 0.0) >= REPEATING for answer in answers)
     return Distilled(
-        path,
+        file.path,
         {**{name: found[name] for name in _OF_TEXT}, "num_repeating": num_repeating},
         dict(sorted(Counter(record["reason"] for record in records).items())),
         spent.get("answers", 0),
