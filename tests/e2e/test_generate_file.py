@@ -58,19 +58,19 @@ def write(lines: list[Any], path: str = "prompts.jsonl") -> None:
     Path(path).write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
 
 
-def generate(*flags: str, out: str = "answers.jsonl") -> int:
-    return main(["generate", "model", "--file", "prompts.jsonl", "--out", out, *FLAGS, *flags])
+def generate(*flags: str, model: str = "model", out: str = "answers.jsonl") -> int:
+    return main(["generate", model, "--file", "prompts.jsonl", "--out", out, *FLAGS, *flags])
 
 
 def answers(path: str = "answers.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def alone(index: int, line: dict[str, Any]) -> dict[str, Any]:
+def alone(index: int, line: dict[str, Any], *, model: str = "model") -> dict[str, Any]:
     """What `deepen generate --prompt` says of the line."""
     given = {"seed": 3 + index, "max_new_tokens": 5, **line}
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["generate", "model", "--json", "alone.json", *flags]) == 0
+    assert main(["generate", model, "--json", "alone.json", *flags]) == 0
     said: dict[str, Any] = json.loads(Path("alone.json").read_text())
     return said
 
@@ -95,6 +95,15 @@ def another_model() -> None:
     assert main(["new", str(target), "--seed", "1", "--out", "model"]) == 0
 
 
+def are_those_alone(found: list[dict[str, Any]], *, model: str) -> None:
+    """Token for token, of the lines that have a prompt."""
+    for index, (line, answer) in enumerate(zip(PROMPTS, found, strict=True)):
+        if "prompt" in line:
+            said = alone(index, {name: value for name, value in line.items() if name != "id"}, model=model)
+            for name in ("tokens", "text", "reason"):
+                assert answer[name] == said[name], (index, name)
+
+
 @pytest.fixture(scope="module")
 def finished(made) -> Path:
     """A folder with the answers to PROMPTS."""
@@ -106,19 +115,25 @@ def finished(made) -> Path:
 
 
 class TestAnswers:
-    def test_each_is_that_of_the_prompt_alone_in_the_order_of_the_file(self, place, capsys):
+    def test_each_is_that_of_the_prompt_alone_in_the_order_of_the_file(self, place):
         assert generate() == 0
         found = answers()
         assert [answer["id"] for answer in found] == [line.get("id") for line in PROMPTS]
-        for index, (line, answer) in enumerate(zip(PROMPTS, found, strict=True)):
-            assert answer.keys() == {"id", "text", "tokens", "reason", "passes"}
-            if "prompt" in line:
-                said = alone(index, {name: value for name, value in line.items() if name != "id"})
-                assert [answer[name] for name in ("tokens", "text", "reason")] == [
-                    said[name] for name in ("tokens", "text", "reason")
-                ]
         assert [len(answer["tokens"]) for answer in found] == [16, 2, 5, 5, 5, 0, 5]
         assert len({token for answer in found for token in answer["tokens"]}) > 10
+        assert all(answer.keys() == {"id", "text", "tokens", "reason", "passes"} for answer in found)
+        are_those_alone(found, model="model")
+
+    def test_those_of_a_plain_model(self, place):
+        assert generate(model="tiny:llama") == 0
+        are_those_alone(answers(), model="tiny:llama")
+
+    @pytest.mark.slow
+    def test_those_of_an_adapter(self, place):
+        graft = "graft tiny:llama --config after_surgery --set d_state=8 --set gate_hidden=8 --out adapter"
+        assert main(graft.split()) == 0
+        assert generate("--chunk-width", "8", model="adapter") == 0
+        are_those_alone(answers(), model="adapter")
 
     def test_how_they_are_answered_changes_none(self, place):
         generate(out="first.jsonl")
