@@ -246,8 +246,9 @@ class TestGoingOn:
         assert generate() == 0
         assert Path("answers.jsonl").read_bytes() == whole
 
-    def test_a_line_is_there_as_soon_as_those_before_it_are(self, place, monkeypatch):
-        write([{"prompt": "a", "max_new_tokens": number} for number in (1, 30, 2, 4)])
+    @pytest.mark.parametrize(("slots", "sizes"), [("1", [1, 1, 1, 1]), ("2", [1, 3])])
+    def test_a_line_is_there_as_soon_as_those_before_it_are(self, place, monkeypatch, slots, sizes):
+        write([{"prompt": "a", "max_new_tokens": number} for number in (1, 15, 2, 4)])
         seen, real = [], LineFile.append
 
         def append(self, records, **options):
@@ -255,8 +256,8 @@ class TestGoingOn:
             real(self, records, **options)
 
         monkeypatch.setattr(LineFile, "append", append)
-        assert generate() == 0
-        assert seen == [1, 3]
+        assert generate("--slots", slots) == 0
+        assert seen == sizes
 
     def test_a_finished_file_asks_the_model_for_nothing(self, whole, monkeypatch):
         def never(*arguments: object) -> None:

@@ -101,12 +101,11 @@ def answer_file(options: Options, path: str) -> int:
     file = LineFile(out)
     file.claim(_made_by(options, opened, prompts, capacity, chat=chat), kinds=_KINDS)
     answers = _Answers(file, lines)
+    left = range(answers.num_kept, len(lines))
+    requests = ((index, partial(prompts.request, index, opened, chat=chat)) for index in left)
+    began = perf_counter()
     with progress("prompts answered", total=len(lines)) as advance:
         advance(answers.num_kept)
-        began = perf_counter()
-        requests = (
-            (index, partial(prompts.request, index, opened, chat=chat)) for index in range(answers.num_kept, len(lines))
-        )
         for index, result in _results(engine, requests, num_ahead=capacity.slots):
             answers.add(index, result)
             advance(1)

@@ -22,7 +22,7 @@ from deepen.core.hints import did_you_mean
 VERBS = {
     "demo": "what recursion buys on a pretrained model, measured here in minutes",
     "graft": "add a method to a model, print its budget, verify that nothing else changed, save the adapter",
-    "generate": "continue a prompt with any model or adapter",
+    "generate": "continue a prompt, or all prompts of a file, with any model or adapter",
     "new": "make a model to train: with random weights and a tokenizer for it, or of a pretrained model's weights",
     "train": "train a method's parameters as a run file says",
     "distill": "write a model's own greedy answers as a corpus to train on",
