@@ -135,8 +135,13 @@ class TestAnswers:
         assert generate("--chunk-width", "8", model="adapter") == 0
         are_those_alone(answers(), model="adapter")
 
-    def test_how_they_are_answered_changes_none(self, place):
+    def test_how_they_are_answered_changes_none_and_is_told(self, place, capsys):
         generate(out="first.jsonl")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        requests, new, failures = captured.err.splitlines()[-3:]
+        assert (requests, failures) == ("requests: 7", "failures: 0")
+        assert new.startswith("new: 38 tokens in ") and new.endswith(" tokens/s")
         generate("--slots", "5", "--memory-gb", "0.001", "--no-pack", out="second.jsonl")
         assert answers("first.jsonl") == answers("second.jsonl")
 
@@ -163,6 +168,7 @@ class TestAnswers:
         assert found[0]["text"] == found[2]["text"] == unstopped["text"].partition(stop)[0]
         assert (found[1]["tokens"], found[3]["tokens"]) == (unstopped["tokens"], greedy["tokens"])
 
+    @pytest.mark.slow
     def test_recursions_are_those_that_are_asked_for(self, place):
         write([PROMPTS[0]])
         generate(out="trained.jsonl")
@@ -198,14 +204,6 @@ class TestAnswers:
         assert generate() == 1
         assert answers()[0]["reason"] == "length"
         assert answers()[1]["reason"] == "failed" and answers()[1]["error"] == "ZeroDivisionError: by zero"
-
-    def test_what_is_told(self, place, capsys):
-        assert generate() == 0
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        requests, new, failures = captured.err.splitlines()
-        assert (requests, failures) == ("requests: 7", "failures: 0")
-        assert new.startswith("new: 38 tokens in ") and new.endswith(" tokens/s")
 
     @pytest.mark.filterwarnings("default")
     def test_no_prompts_have_no_answers(self, place, capsys):
@@ -402,6 +400,11 @@ class TestRefused:
         assert "top_k 5 has no effect at temperature 0" in capsys.readouterr().err
         write([{"prompt": "a"}, {"prompt": "b", "temperature": 1.0}])
         assert generate("--top-k", "5") == 0
+
+    def test_too_little_memory_for_any(self, place, capsys):
+        assert generate("--memory-gb", "0.0001", model="tiny:llama") == 2
+        assert "memory_bytes is 100000, too little" in capsys.readouterr().err
+        assert sorted(path.name for path in place.iterdir()) == ["model", "prompts.jsonl"]
 
     def test_a_place_that_cannot_be_written(self, place, capsys):
         Path("folder.jsonl").mkdir()
