@@ -111,7 +111,7 @@ class _Span:
 class _Row:
     """A request in its slot: tokens that have entered, entries at each level, and the tokens that are on their way.
 
-    `calls` are those that the next token to be committed has had a part in.
+    `calls` are those that the next token to be committed comes of, a prompt's reading aside.
     """
 
     live: Live
@@ -281,7 +281,7 @@ class DepthRunner:
     def _advance(self, span: _Span, state: State, goes_on: Sequence[bool]) -> None:
         """Put back what a recursion made of those that ran it, and narrow the span to those that go on."""
         span.owner.counts[span.level] += len(span.going)
-        span.owner.calls += 1
+        span.owner.calls += not span.is_prompt
         span.state = state if span.all_go else _with(span.state, span.going, state)
         span.going = [place for place, goes in zip(span.going, goes_on, strict=True) if goes]
         span.level += 1

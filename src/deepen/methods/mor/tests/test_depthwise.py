@@ -121,8 +121,17 @@ def test_answers_are_those_of_each_request_alone(
             assert got.tokens == wanted.tokens[: len(got.tokens)]
         else:
             assert (got.tokens, got.reason) == (wanted.tokens, wanted.reason)
+            assert got.passes == _recursions(model, [*visit.request.ids, *got.tokens], got.tokens)
     assert seen.most_bytes <= engine.most_bytes <= one * slots
     assert engine.num_bytes == 0
+
+
+def _recursions(model: MixtureOfRecursions, ids: list[int], new: list[int]) -> int:
+    """Those of the tokens that new ones were read off."""
+    if not new:
+        return 0
+    depths = model.base(torch.tensor([ids[:-1]]), use_cache=False).depths[0]
+    return int(depths[-len(new) :].sum())
 
 
 @pytest.mark.parametrize(("routing", "kv", "sharing"), KINDS)
