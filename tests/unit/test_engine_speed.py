@@ -29,11 +29,11 @@ def written(seconds: float, *, tokens: tuple[tuple[int, ...], ...] = ((1, 2), (3
 
 
 def test_figures_are_medians_and_counts() -> None:
-    found = figures([written(1.0), written(2.0), written(4.0)])
+    found = figures([written(1.0), written(2.0), written(4.0)], slots=2)
     assert found == {
         "tokens_per_second": {"median": 2.0, "low": 1.0, "high": 4.0},
         "tokens_per_call": 4 / 5,
-        "tokens_run": 20 / 5,
+        "utilisation": 20 / 5 / 2,
         "applications": 4.0,
         "tokens_per_head": 2.0,
         "most_bytes": 77,

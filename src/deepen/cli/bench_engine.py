@@ -78,7 +78,7 @@ def measure(options: EngineOptions, arms: Sequence["Arm"], requests: Sequence["R
             "ideal",
             "share",
             "equal",
-            "tokens/call",
+            "tokens/call/slot",
             "layers/token",
             "MB held",
         ),
@@ -160,7 +160,7 @@ def _line(
     arm, plain = arms[index], arms[0]
     mine, plains = found[arm.name], found[plain.name]
     against = ratio(mine, plains)
-    line = {"slots": len(requests), "model": arm.name, **figures(mine), "against_plain": against}
+    line = {"slots": len(requests), "model": arm.name, **figures(mine, slots=len(requests)), "against_plain": against}
     if arm.backbone is plain.backbone:
         return {
             **line,
@@ -235,7 +235,7 @@ def _shown(line: Mapping[str, Any]) -> tuple[Any, ...]:
         "" if line["ideal"] is None else f"{line['ideal']:.2f}x",
         "" if line["share_of_ideal"] is None else f"{line['share_of_ideal']:.0%}",
         "" if line["differing"] is None else f"{line['slots'] - len(line['differing'])} of {line['slots']}",
-        f"{line['tokens_run']:.1f}",
+        f"{line['utilisation']:.2f}",
         f"{line['applications']:.1f}",
         f"{line['most_bytes'] / 1e6:.1f}",
     )

@@ -80,11 +80,11 @@ def time_arms(
     return found
 
 
-def figures(rounds: Sequence[Answers]) -> dict[str, Any]:
+def figures(rounds: Sequence[Answers], *, slots: int) -> dict[str, Any]:
     """What a table says of one arm: medians with the least and greatest; counts are the same in every round.
 
-    `tokens_run` are those of a call of the model, drafted ones among them, on average; `applications` are those of a
-    layer to a token, for each token that entered.
+    `utilisation` is how many tokens a call of the model runs, on average, for each slot: above 1 where prompts are read
+    in it or tokens are drafted. `applications` are those of a layer to a token, for each token that entered.
     """
     speeds, last = [each.speed for each in rounds], rounds[-1].statistics
     calls = sum(last.calls.values())
@@ -92,7 +92,7 @@ def figures(rounds: Sequence[Answers]) -> dict[str, Any]:
     return {
         "tokens_per_second": {"median": median(speeds), "low": min(speeds), "high": max(speeds)},
         "tokens_per_call": last.tokens / calls,
-        "tokens_run": rows / calls,
+        "utilisation": rows / calls / slots,
         "applications": last.spent.layer_applications / last.spent.positions,
         "tokens_per_head": last.tokens / sum(last.heads.values()) if last.heads else None,
         "most_bytes": rounds[-1].most_bytes,
