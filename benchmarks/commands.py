@@ -21,6 +21,16 @@ def deepen(*arguments: str, log: Path, threads: int = 2) -> None:
     print("done: deepen", *arguments, flush=True)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Of a run."""
+    return list(folder.glob("step_*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which it was saved."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def last_checkpoint(folder: Path) -> Path:
     """Of a run."""
-    return max(folder.glob("step_*"), key=lambda each: int(each.name.removeprefix("step_")))
+    return max(checkpoints(folder), key=step_of)
