@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 from threading import Lock
 from typing import Any
 
-from commands import T_OF_THREE, checkpoints, deepen, step_of
+from commands import checkpoints, deepen, interval_of, step_of
 
 from deepen.backbones.new import new_model, new_tokenizer
 from deepen.checkpoint import save_model
@@ -331,10 +331,11 @@ def against(differences: Mapping[int, float]) -> dict[str, Any]:
     values = list(differences.values())
     if not values:
         return {}
-    mean = fmean(values)
-    half = T_OF_THREE * stdev(values) / len(values) ** 0.5 if len(values) == 3 else None
-    interval = None if half is None else [mean - half, mean + half]
-    return {"against_standard": mean, "against_standard_by_seed": values, "interval_95": interval}
+    return {
+        "against_standard": fmean(values),
+        "against_standard_by_seed": values,
+        "interval_95": interval_of(values),
+    }
 
 
 def smallest_difference(differences: Iterable[Mapping[int, float]]) -> float | None:

@@ -97,9 +97,15 @@ class TRMModel(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:
-        """One forward over the whole text; positions halt as they do in decoding."""
+        """One forward over the whole text; positions halt as they do in decoding, and `depths` are the outer steps that
+        they have made."""
         with self.adapted():
-            return score_at_once(self.backbone, batch)
+            score = score_at_once(self.backbone, batch)
+        made = None if self._lent is None else self._lent.steps_made
+        if made is None:
+            return score
+        is_real = torch.arange(made.shape[1]) < batch.lengths[:, None].cpu()
+        return replace(score, depths=made.cpu() * is_real)
 
     # Training
 
@@ -211,6 +217,13 @@ class TRMModel(nn.Module):
         if self._refined_costs is None:
             return base
         return base + self._refined_costs.flops(num_positions=num_positions, context=context, num_logits=num_logits)
+
+    def halted_flops(self, num_outer: int, *, context: int) -> int:
+        """Of a pass of one token behind `context` others that halting has left so many outer steps at each place."""
+        spent = Spent()
+        if self._refined_costs is not None:
+            spent = self._refined_costs.spent([num_outer] * max(1, len(self._layers)), [context])
+        return self.flops(num_positions=1, context=context) + spent.added_flops
 
     def describe(self) -> dict[str, str | int | float]:
         """What stands where and what it costs, by label, for people to read; FLOPs count 2 per multiply-add."""
