@@ -207,8 +207,13 @@ class TRMModel(nn.Module):
         return {} if self.refiner is None else self.refiner.state_dict(keep_vars=True)
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a refiner; a missing, unknown or misshapen tensor is a `CheckpointError` that names it."""
-        fill(self.saved_state(), state, what="the refiner's tensors don't fit its configuration on this base")
+        """Take back a refiner; a missing, unknown or misshapen tensor is a `CheckpointError` that names it.
+
+        One that has learned to halt may be run by another rule: its halting head is left out then.
+        """
+        own = self.saved_state()
+        state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith("halt.")}
+        fill(own, state, what="the refiner's tensors don't fit its configuration on this base")
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of the base's pass, and of all outer steps at the positions that get logits (behind layers: at all)."""

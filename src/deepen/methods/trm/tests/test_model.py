@@ -397,6 +397,18 @@ class TestSaved:
         for name, tensor in made.refiner.state_dict().items():
             assert torch.equal(other.refiner.state_dict()[name], tensor)
 
+    @pytest.mark.parametrize("halt", ["none", "delta", "kl"])
+    def test_one_that_has_learned_to_halt_may_be_run_by_another_rule(self, halt):
+        learned, other = model(halt="learned"), model(noise=0.0, halt=halt)
+        other.load_saved_state(learned.saved_state())
+        assert other.saved_state().keys() == learned.saved_state().keys() - {"halt.weight", "halt.bias"}
+        for name, tensor in other.saved_state().items():
+            assert torch.equal(tensor, learned.saved_state()[name])
+
+    def test_one_that_has_not_learned_to_halt_is_told_to_where_it_must(self):
+        with pytest.raises(CheckpointError, match=r"missing halt\.weight"):
+            model(halt="learned").load_saved_state(model().saved_state())
+
     def test_another_mixing_is_told(self):
         with pytest.raises(CheckpointError, match=r"unknown reader\.scale"):
             model().load_saved_state(model(mixing="evidence").saved_state())
