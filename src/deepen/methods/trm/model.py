@@ -22,7 +22,7 @@ from deepen.generate.verify import Decoding
 
 from .config import TRMConfig
 from .costs import RefinedCosts
-from .drawing import TRMBatch, drawn_for
+from .drawing import TRMBatch, drawn_for, untold
 from .halting import Says, stop_of
 from .losses import Targets, earlier_term, final_term, halting_term, places_of, watched_steps
 from .placing import Ask, LentRefiner
@@ -108,6 +108,11 @@ class TRMModel(nn.Module):
         return replace(score, depths=made.cpu() * is_real)
 
     # Training
+
+    def require_told(self, *, num_untold: int, num_documents: int) -> None:
+        """How difficult all documents are must be told where that decides on their outer steps."""
+        if self.config.draws_by_difficulty and num_untold:
+            raise untold(self.config, f"{num_untold} of {num_documents} documents don't tell")
 
     def begin(self, batch: Batch) -> None:
         """Nothing is carried."""
