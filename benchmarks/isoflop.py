@@ -2,7 +2,8 @@
 
     PYTHONPATH=src python benchmarks/isoflop.py mor-1m --jobs 2
 
-benchmarks/isoflop/NAME.json says the arms (a shape, and what each arm changes of it), corpora, seeds and the budget.
+benchmarks/isoflop/NAME.json says the arms (a shape, what each arm changes of it, which of them have a method on it),
+corpora, seeds and the budget.
 The learning rate of a group of arms is the one that is best, on validation documents, for the arm that the group is
 called by, from a seed that is used for nothing else; where the best is the largest or the smallest, further ones are
 tried.

@@ -20,6 +20,7 @@ from deepen.data.split import records_of
 from deepen.data.tokenizer import byte_tokenizer
 from deepen.data.tokens import TokenCorpus
 from deepen.data.vocabulary import tokenizer_fingerprint
+from deepen.evaluate.stages import StageConfig, run_stage
 from deepen.methods.trm.config import TRMConfig
 from deepen.methods.trm.model import TRMModel
 from deepen.train.config import RunConfig
@@ -79,6 +80,14 @@ class TestStepsByDifficulty:
 
     def test_nothing_is_asked_where_steps_do_not_go_by_it(self, run_config, tmp_path):
         assert trained(run_config, data=self.corpus(tmp_path, num_untold=3), num_steps=1).exists()
+
+
+def test_an_evaluation_says_how_many_outer_steps_tokens_made(run_config, tmp_path):
+    halting = {"trm_T": 4, "halt": "delta", "halt_threshold": 0.0}
+    folder = trained(run_config, config={**SMALL, **halting}, num_steps=1)
+    given = {"data": run_config.data, "split": "validation", "max_new_tokens": 0, "output_dir": str(tmp_path / "out")}
+    results, _ = run_stage(StageConfig(model=str(folder), stage="finetuned_recursive", **given))
+    assert results["depths"]["mean"] == 4 and results["depths"]["histogram"][:3] == [0, 0, 0]
 
 
 class TestFrozenBase:
