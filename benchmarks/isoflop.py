@@ -16,10 +16,10 @@ looking ahead have that figure beside it. Everything lies in RUNS/NAME and OUT/N
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from threading import Lock
@@ -48,7 +48,8 @@ class Comparison(Config):
 
     `arms` change fields of `shape`; `tuned` says by which arm's best rate which arms are trained; `run` has the fields
     of a run that all share, `evaluation` those of an evaluation. `decay` is the share of steps in which the rate falls.
-    `grafted` are arms with a method on their model: fields of their runs that differ from `run`.
+    `grafted` are arms with a method on their model: fields of their runs that differ from `run`. `tried` are arms that
+    are trained from the first seed alone, on the sweep's corpus, for a hint of what else might be compared.
     """
 
     tokenizer: str
@@ -64,6 +65,7 @@ class Comparison(Config):
     run: dict[str, Any]
     evaluation: dict[str, int]
     grafted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tried: tuple[str, ...] = ()
     # Steps from one checkpoint to the next; a branch repeats what lies between its beginning and the one before it.
     save_interval: int = 200
 
@@ -71,6 +73,11 @@ class Comparison(Config):
     def tokens_per_step(self) -> int:
         """Rows are full."""
         return int(self.run["batch_size"]) * int(self.run["max_length"])
+
+    @property
+    def compared(self) -> list[str]:
+        """The arms that are trained from every seed, but for the standard one."""
+        return [arm for arm in self.arms if arm != self.standard and arm not in self.tried]
 
     def run_of(self, arm: str) -> dict[str, Any]:
         """What an arm's runs say of it."""
@@ -278,7 +285,8 @@ class Bench:
         arms = {
             arm: {**averages(runs.values()), **against(differences.get(arm, {}))} for arm, runs in found.items() if runs
         }
-        return {"arms": arms, "smallest_difference": smallest_difference(differences.values())}
+        spreads = [differences[arm] for arm in self.comparison.compared]
+        return {"arms": arms, "smallest_difference": smallest_difference(spreads)}
 
     def _paths(self, corpus: str, arm: str, budget: str) -> dict[int, Path]:
         return {seed: self.out / corpus / f"{arm}-{seed}-{budget}.json" for seed in self.comparison.seeds}
@@ -371,19 +379,27 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-def run_all(bench: Bench, rates: Mapping[str, float], pool: ThreadPoolExecutor, corpora: Iterable[str]) -> None:
+def run_all(bench: Bench, rates: Mapping[str, float], pool: ThreadPoolExecutor, corpora: Sequence[str]) -> None:
     """Seed by seed, so that a comparison that isn't finished is one of fewer seeds; of each the standard arms first."""
     comparison = bench.comparison
-    others = [arm for arm in comparison.arms if arm != comparison.standard]
+    first, aside = comparison.seeds[0], comparison.sweep["corpus"]
 
     def finish(seed: int, corpus: str, arm: str, standard: Future[int] | None) -> int:
         return bench.finish(Start(arm, corpus, seed, rates[arm]), standard)
 
     waiting: list[Future[int]] = []
+    hints: list[Callable[[], int]] = []
     for seed in comparison.seeds:
         standards = {corpus: pool.submit(finish, seed, corpus, comparison.standard, None) for corpus in corpora}
         waiting += standards.values()
-        waiting += [pool.submit(finish, seed, corpus, arm, standards[corpus]) for corpus in standards for arm in others]
+        waiting += [
+            pool.submit(finish, seed, corpus, arm, standards[corpus])
+            for corpus in corpora
+            for arm in comparison.compared
+        ]
+        if seed == first and aside in standards:
+            hints = [partial(finish, seed, aside, arm, standards[aside]) for arm in comparison.tried]
+    waiting += [pool.submit(hint) for hint in hints]
     for each in waiting:
         each.result()
         write_json(bench.out / "summary.json", bench.summary(rates))
