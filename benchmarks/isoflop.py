@@ -2,7 +2,8 @@
 
     PYTHONPATH=src python benchmarks/isoflop.py mor-1m --jobs 2
 
-benchmarks/isoflop/NAME.json says the arms (a shape, and what each arm changes of it), corpora, seeds and the budget.
+benchmarks/isoflop/NAME.json says the arms (a shape, what each arm changes of it, which of them have a method on it),
+corpora, seeds and the budget.
 The learning rate of a group of arms is the one that is best, on validation documents, for the arm that the group is
 called by, from a seed that is used for nothing else; where the best is the largest or the smallest, further ones are
 tried.
@@ -15,16 +16,16 @@ looking ahead have that figure beside it. Everything lies in RUNS/NAME and OUT/N
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from threading import Lock
 from typing import Any
 
-from commands import T_OF_THREE, deepen, last_checkpoint
+from commands import checkpoints, deepen, interval_of, step_of
 
 from deepen.backbones.new import new_model, new_tokenizer
 from deepen.checkpoint import save_model
@@ -34,11 +35,10 @@ from deepen.evaluate.results import StageResults
 
 HERE = Path(__file__).parent
 BUDGETS = "tokens", "flops"
-SAVE_INTERVAL = 200
 # A budget in FLOPs that ends within this part of the budget in tokens is the same budget.
 _SAME = 0.005
-# Of Student's t with twelve degrees of freedom, as six arms of three seeds leave.
-NUM_POOLED, T_OF_POOLED = 6, 2.179
+# Of Student's t, 95 %, by degrees of freedom: three seeds of an arm leave two.
+T_OF_POOLED = {2: 4.303, 4: 2.776, 6: 2.447, 8: 2.306, 10: 2.228, 12: 2.179}
 _tokenizers = Lock()
 
 
@@ -48,6 +48,8 @@ class Comparison(Config):
 
     `arms` change fields of `shape`; `tuned` says by which arm's best rate which arms are trained; `run` has the fields
     of a run that all share, `evaluation` those of an evaluation. `decay` is the share of steps in which the rate falls.
+    `grafted` are arms with a method on their model: fields of their runs that differ from `run`. `tried` are arms that
+    are trained from the first seed alone, on the sweep's corpus, for a hint of what else might be compared.
     """
 
     tokenizer: str
@@ -62,11 +64,28 @@ class Comparison(Config):
     decay: float
     run: dict[str, Any]
     evaluation: dict[str, int]
+    grafted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tried: tuple[str, ...] = ()
+    # Steps from one checkpoint to the next; a branch repeats what lies between its beginning and the one before it.
+    save_interval: int = 200
 
     @property
     def tokens_per_step(self) -> int:
         """Rows are full."""
         return int(self.run["batch_size"]) * int(self.run["max_length"])
+
+    @property
+    def compared(self) -> list[str]:
+        """The arms that are trained from every seed, but for the standard one."""
+        return [arm for arm in self.arms if arm != self.standard and arm not in self.tried]
+
+    def run_of(self, arm: str) -> dict[str, Any]:
+        """What an arm's runs say of it."""
+        return {**self.run, **self.grafted.get(arm, {})}
+
+    def stage_of(self, arm: str) -> str:
+        """What an arm's results are to `deepen evaluate`, which scores a method on a model only as such."""
+        return "finetuned_recursive" if arm in self.grafted else "baseline"
 
 
 @dataclass(frozen=True)
@@ -134,7 +153,7 @@ class Bench:
             steps = sweep["tokens"] // self.comparison.tokens_per_step
             start = Start(arm, sweep["corpus"], sweep["seed"], rate)
             run = self._trained(start, name, num_steps=steps, decay=self._decay_of(steps))
-            scores = self._scored(run, name, sweep["corpus"], split="validation")
+            scores = self._scored(run, name, start, split="validation")
             write_json(kept, {"validation_nll": scores.figures["nll"], "steps": run.num_steps})
         return float(read_json(kept)["validation_nll"])
 
@@ -159,34 +178,47 @@ class Bench:
 
     def _branch(self, start: Start, steps: int) -> dict[str, Any]:
         """Go on to where the last part of `steps` begins, cool down, score."""
-        name, decay = start.name, self._decay_of(steps)
-        trunks = sorted(self.runs.glob(f"{name}/trunk-*"), key=lambda each: int(each.name.removeprefix("trunk-")))
-        behind = [each for each in trunks if int(each.name.removeprefix("trunk-")) < steps - decay]
-        begin = last_checkpoint(behind[-1]) if behind else None
-        trunk = self._trained(start, f"{name}/trunk-{steps - decay}", num_steps=steps - decay, branch_from=begin)
-        end = self._trained(start, f"{name}/cooled-{steps}", num_steps=steps, decay=decay, branch_from=trunk.folder)
-        return record(end, self._scored(end, f"{name}-{steps}", start.corpus, split="test"))
+        decay = self._decay_of(steps)
+        trunk = self._trunk(start, steps - decay)
+        name = f"{start.name}/cooled-{steps}"
+        end = self._trained(start, name, num_steps=steps, decay=decay, branch_from=trunk.folder)
+        return record(end, self._scored(end, f"{start.name}-{steps}", start, split="test"))
+
+    def _trunk(self, start: Start, steps: int) -> Trained:
+        """At the constant rate, from the last step before that another trunk of this start has left."""
+        folder = self.runs / start.name
+        others = [each for each in folder.glob("trunk-*") if each.name != f"trunk-{steps}"]
+        left = [checkpoint for each in others for checkpoint in checkpoints(each) if step_of(checkpoint) < steps]
+        begin = max(left, key=step_of, default=None)
+        return self._trained(start, f"{start.name}/trunk-{steps}", num_steps=steps, branch_from=begin, keep=None)
 
     def _decay_of(self, steps: int) -> int:
         return round(self.comparison.decay * steps)
 
     def _trained(
-        self, start: Start, name: str, *, num_steps: int, decay: int = 0, branch_from: Path | None = None
+        self,
+        start: Start,
+        name: str,
+        *,
+        num_steps: int,
+        decay: int = 0,
+        branch_from: Path | None = None,
+        keep: int | None = 1,
     ) -> Trained:
-        """The end of a run, made now unless it is there."""
+        """The end of a run, made now unless it is there, with so many last checkpoints (None: all)."""
         folder = self.runs / name
         done = folder / f"step_{num_steps}"
         if not done.exists():
             fields = {
-                **self.comparison.run,
+                **self.comparison.run_of(start.arm),
                 "model": str(self._model(start)),
                 "data": start.corpus,
                 "seed": start.seed,
                 "learning_rate": start.rate,
                 "num_steps": num_steps,
                 "decay_steps": decay,
-                "save_interval": SAVE_INTERVAL,
-                "keep_checkpoints": 1,
+                "save_interval": self.comparison.save_interval,
+                "keep_checkpoints": keep,
                 "branch_from": None if branch_from is None else str(branch_from),
                 "output_dir": str(folder),
             }
@@ -209,13 +241,13 @@ class Bench:
         """An arm's configuration."""
         return {**self.comparison.shape, **self.comparison.arms[arm]}
 
-    def _scored(self, run: Trained, name: str, corpus: str, *, split: str) -> StageResults:
-        folder = self.runs / "scores" / name
-        results = folder / "baseline_results.json"
+    def _scored(self, run: Trained, name: str, start: Start, *, split: str) -> StageResults:
+        folder, stage = self.runs / "scores" / name, self.comparison.stage_of(start.arm)
+        results = folder / f"{stage}_results.json"
         if not results.exists():
             flags = [f"--{field.replace('_', '-')}={value}" for field, value in self.comparison.evaluation.items()]
             deepen(
-                *("evaluate", str(run.folder), "--stage", "baseline", "--data", corpus, "--split", split),
+                *("evaluate", str(run.folder), "--stage", stage, "--data", start.corpus, "--split", split),
                 *("--max-new-tokens", "0", *flags, "--output-dir", str(folder)),
                 log=self._log("scores"),
                 threads=1,
@@ -253,7 +285,8 @@ class Bench:
         arms = {
             arm: {**averages(runs.values()), **against(differences.get(arm, {}))} for arm, runs in found.items() if runs
         }
-        return {"arms": arms, "smallest_difference": smallest_difference(differences.values())}
+        spreads = [differences[arm] for arm in self.comparison.compared]
+        return {"arms": arms, "smallest_difference": smallest_difference(spreads)}
 
     def _paths(self, corpus: str, arm: str, budget: str) -> dict[int, Path]:
         return {seed: self.out / corpus / f"{arm}-{seed}-{budget}.json" for seed in self.comparison.seeds}
@@ -307,22 +340,23 @@ def against(differences: Mapping[int, float]) -> dict[str, Any]:
     values = list(differences.values())
     if not values:
         return {}
-    mean = fmean(values)
-    half = T_OF_THREE * stdev(values) / len(values) ** 0.5 if len(values) == 3 else None
-    interval = None if half is None else [mean - half, mean + half]
-    return {"against_standard": mean, "against_standard_by_seed": values, "interval_95": interval}
+    return {
+        "against_standard": fmean(values),
+        "against_standard_by_seed": values,
+        "interval_95": interval_of(values),
+    }
 
 
 def smallest_difference(differences: Iterable[Mapping[int, float]]) -> float | None:
     """Half of a 95 % interval whose spread is pooled over all arms: what is less can't be told from nothing.
 
-    None before there are three seeds of each of six arms.
+    None before there are three seeds of each of them.
     """
     groups = [list(each.values()) for each in differences]
-    if len(groups) != NUM_POOLED or any(len(group) != 3 for group in groups):
+    if any(len(group) != 3 for group in groups):
         return None
     variance = fmean(stdev(group) ** 2 for group in groups)
-    return T_OF_POOLED * (variance / len(groups[0])) ** 0.5
+    return T_OF_POOLED[2 * len(groups)] * (variance / 3) ** 0.5
 
 
 def main() -> None:
@@ -330,6 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(each.stem for each in (HERE / "isoflop").glob("*.json")))
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
+    parser.add_argument("--corpora", nargs="+", metavar="NAME", help="train on these alone now; all of them otherwise")
     parser.add_argument("--out", default=str(HERE / "results" / "isoflop"))
     parser.add_argument("--runs", default="runs/isoflop")
     options = parser.parse_args()
@@ -338,27 +373,33 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         best = bench.best_rates(pool)
         rates = {arm: best[by] for by, arms in comparison.tuned.items() for arm in arms}
-        run_all(bench, rates, pool)
+        run_all(bench, rates, pool, options.corpora or comparison.corpora)
     summary = bench.summary(rates)
     write_json(bench.out / "summary.json", summary)
     print(json.dumps(summary, indent=2))
 
 
-def run_all(bench: Bench, rates: Mapping[str, float], pool: ThreadPoolExecutor) -> None:
+def run_all(bench: Bench, rates: Mapping[str, float], pool: ThreadPoolExecutor, corpora: Sequence[str]) -> None:
     """Seed by seed, so that a comparison that isn't finished is one of fewer seeds; of each the standard arms first."""
     comparison = bench.comparison
-    others = [arm for arm in comparison.arms if arm != comparison.standard]
+    first, aside = comparison.seeds[0], comparison.sweep["corpus"]
 
     def finish(seed: int, corpus: str, arm: str, standard: Future[int] | None) -> int:
         return bench.finish(Start(arm, corpus, seed, rates[arm]), standard)
 
     waiting: list[Future[int]] = []
+    hints: list[Callable[[], int]] = []
     for seed in comparison.seeds:
-        standards = {
-            corpus: pool.submit(finish, seed, corpus, comparison.standard, None) for corpus in comparison.corpora
-        }
+        standards = {corpus: pool.submit(finish, seed, corpus, comparison.standard, None) for corpus in corpora}
         waiting += standards.values()
-        waiting += [pool.submit(finish, seed, corpus, arm, standards[corpus]) for corpus in standards for arm in others]
+        waiting += [
+            pool.submit(finish, seed, corpus, arm, standards[corpus])
+            for corpus in corpora
+            for arm in comparison.compared
+        ]
+        if seed == first and aside in standards:
+            hints = [partial(finish, seed, aside, arm, standards[aside]) for arm in comparison.tried]
+    waiting += [pool.submit(hint) for hint in hints]
     for each in waiting:
         each.result()
         write_json(bench.out / "summary.json", bench.summary(rates))

@@ -109,6 +109,17 @@ class TestRows:
         assert found == [7, 7, 7, 7, 0, 0, 2, 2, 2]
         assert cut_rows(numbered([4]), max_length=5, cut=cut).batch([0]).difficulty is None
 
+    def test_documents_with_something_to_predict_are_asked_for_their_difficulty(self):
+        told, learned = np.array([7, 0, 0, 0], np.int32), np.ones(10, bool)
+        corpus = numbered([4, 2, 3, 1])
+        # Nothing is predicted of a document of one token.
+        assert corpus.learned_documents.tolist() == [True, True, True, False]
+        assert corpus.num_untold == 3 and replace(corpus, difficulties=told).num_untold == 2
+        learned[[5, 6, 7, 8]] = False
+        assert replace(corpus, difficulties=told, learned=learned).num_untold == 0
+        learned[7] = True
+        assert replace(corpus, difficulties=told, learned=learned).num_untold == 1
+
     def test_pads_are_not_predicted(self):
         batch = cut_rows(numbered([4, 2]), max_length=9, cut="document").batch([0, 1])
         assert batch.predicted().tolist() == [[True] * 3, [True, False, False]]

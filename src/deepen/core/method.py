@@ -175,6 +175,17 @@ class Fitting(Protocol):
 
 
 @runtime_checkable
+class ByDifficulty(Protocol):
+    """A model that may be trained by how difficult each document's record says it is."""
+
+    def require_told(self, *, num_untold: int, num_documents: int) -> None:
+        """Told before the first step of so many documents with something to learn, and how many of them don't say.
+
+        Raises `CannotTrain` where they should.
+        """
+
+
+@runtime_checkable
 class LookingAhead(Protocol):
     """A model that may be trained by decisions that look at later tokens, as none that generates can make them."""
 

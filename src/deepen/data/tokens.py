@@ -66,6 +66,20 @@ class TokenCorpus:
         return len(self.ends)
 
     @cached_property
+    def learned_documents(self) -> np.ndarray[Any, Any]:
+        """`[M]`, bool: which documents have a token to be predicted. Nothing comes before the first one of each."""
+        learned = np.ones(len(self.ids), bool) if self.learned is None else self.learned.copy()
+        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        learned[starts] = False
+        return np.logical_or.reduceat(learned, starts)
+
+    @property
+    def num_untold(self) -> int:
+        """How many of these don't tell their difficulty."""
+        told = np.zeros(len(self.ends), bool) if self.difficulties is None else self.difficulties > 0
+        return int((self.learned_documents & ~told).sum())
+
+    @cached_property
     def digest(self) -> str:
         """Of ids, ends and what is learned: what a run that goes on must find again."""
         found = hashlib.sha256()

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepen.checkpoint import own_tensors, write_adapter, write_own_base, write_whole_model
 from deepen.core.errors import CheckpointError, ConfigError, DeepenError
 from deepen.core.files import write_json
-from deepen.core.method import Fitting
+from deepen.core.method import ByDifficulty, Fitting
 from deepen.core.types import Progress, Work
 from deepen.data.formats import document_of
 from deepen.data.loader import Loader
@@ -88,7 +88,12 @@ class _Run:
         if base is not None:
             base.eval()  # a base's dropout would hide what it knows from what is trained on it
         self.module = StepModule(self.trainee.model, base)
-        self.loader = Loader(rows_of_run(config, self.trainee), rows_per_step=config.batch_size, seed=config.seed)
+        rows = rows_of_run(config, self.trainee)
+        if isinstance(self.trainee.model, ByDifficulty):
+            corpus = rows.corpus
+            counts = {"num_untold": corpus.num_untold, "num_documents": int(corpus.learned_documents.sum())}
+            self.trainee.model.require_told(**counts)
+        self.loader = Loader(rows, rows_per_step=config.batch_size, seed=config.seed)
         if isinstance(self.trainee.model, Fitting):
             self.trainee.model.fit(self.loader.counts(self.trainee.backbone.vocab_size))
         freeze_base(self.trainee.model, base)  # what is frozen decides what a step costs, and how it is sharded

@@ -75,11 +75,7 @@ def draw_own_steps(config: TRMConfig, batch: Batch) -> Int[Tensor, "B T"]:
     """T of each token, at least 1."""
     told = batch.difficulty
     if told is None or not told[:, :-1][batch.predicted()].all():
-        raise CannotTrain(
-            f"T_sampling {config.T_sampling} takes outer steps by how difficult each example is, and not all of this "
-            'data tells; train on a task, as task:pointer, or on answers that all have "difficulty" beside them, or '
-            "set T_sampling to uniform"
-        )
+        raise untold(config, "not all of this data tells")
     least = told.clamp(min=1, max=config.T_max)
     if config.T_sampling == "task":
         return least
@@ -87,6 +83,14 @@ def draw_own_steps(config: TRMConfig, batch: Batch) -> Int[Tensor, "B T"]:
     # Drawn in float64, whose product never rounds up to the next whole number.
     more = torch.rand(least.shape, dtype=torch.float64) * (config.T_max - least + 1)
     return least + more.long()
+
+
+def untold(config: TRMConfig, what: str) -> CannotTrain:
+    """Of data that doesn't tell its difficulty."""
+    return CannotTrain(
+        f"T_sampling {config.T_sampling} takes outer steps by how difficult each example is, and {what}; train on a "
+        'task, as task:pointer, or on answers that all have "difficulty" beside them, or set T_sampling to uniform'
+    )
 
 
 def draw_outer_steps(config: TRMConfig) -> int:

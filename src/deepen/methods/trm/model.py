@@ -22,7 +22,7 @@ from deepen.generate.verify import Decoding
 
 from .config import TRMConfig
 from .costs import RefinedCosts
-from .drawing import TRMBatch, drawn_for
+from .drawing import TRMBatch, drawn_for, untold
 from .halting import Says, stop_of
 from .losses import Targets, earlier_term, final_term, halting_term, places_of, watched_steps
 from .placing import Ask, LentRefiner
@@ -113,11 +113,22 @@ class TRMModel(nn.Module):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:
-        """One forward over the whole text; positions halt as they do in decoding."""
+        """One forward over the whole text; positions halt as they do in decoding, and `depths` are the outer steps that
+        they have made."""
         with self.adapted():
-            return score_at_once(self.backbone, batch)
+            score = score_at_once(self.backbone, batch)
+        made = None if self._lent is None else self._lent.steps_made
+        if made is None:
+            return score
+        is_real = torch.arange(made.shape[1]) < batch.lengths[:, None].cpu()
+        return replace(score, depths=made.cpu() * is_real)
 
     # Training
+
+    def require_told(self, *, num_untold: int, num_documents: int) -> None:
+        """How difficult all documents are must be told where that decides on their outer steps."""
+        if self.config.draws_by_difficulty and num_untold:
+            raise untold(self.config, f"{num_untold} of {num_documents} documents don't tell")
 
     def begin(self, batch: Batch) -> None:
         """Nothing is carried."""
@@ -217,8 +228,13 @@ class TRMModel(nn.Module):
         return {} if self.refiner is None else self.refiner.state_dict(keep_vars=True)
 
     def load_saved_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a refiner; a missing, unknown or misshapen tensor is a `CheckpointError` that names it."""
-        fill(self.saved_state(), state, what="the refiner's tensors don't fit its configuration on this base")
+        """Take back a refiner; a missing, unknown or misshapen tensor is a `CheckpointError` that names it.
+
+        One that has learned to halt may be run by another rule: its halting head is left out then.
+        """
+        own = self.saved_state()
+        state = {name: tensor for name, tensor in state.items() if name in own or not name.startswith("halt.")}
+        fill(own, state, what="the refiner's tensors don't fit its configuration on this base")
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of the base's pass, and of all outer steps at the positions that get logits (behind layers: at all)."""
@@ -227,6 +243,13 @@ class TRMModel(nn.Module):
         if self._refined_costs is None:
             return base
         return base + self._refined_costs.flops(num_positions=num_positions, context=context, num_logits=num_logits)
+
+    def halted_flops(self, num_outer: int, *, context: int) -> int:
+        """Of a pass of one token behind `context` others that halting has left so many outer steps at each place."""
+        spent = Spent()
+        if self._refined_costs is not None:
+            spent = self._refined_costs.spent([num_outer] * max(1, len(self._layers)), [context])
+        return self.flops(num_positions=1, context=context) + spent.added_flops
 
     def describe(self) -> dict[str, str | int | float]:
         """What stands where and what it costs, by label, for people to read; FLOPs count 2 per multiply-add."""

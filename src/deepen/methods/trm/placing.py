@@ -99,6 +99,12 @@ class LentRefiner:
         finally:
             self._ask = before
 
+    @property
+    def steps_made(self) -> Int[Tensor, "B P"] | None:
+        """Outer steps of each position that the last pass has refined, at all places; None where none could stop."""
+        made = [refined.made for refined in self.refined if refined.made is not None]
+        return torch.stack(made).sum(dim=0) if made else None
+
     def says(self, hidden: Tensor) -> Tensor:
         """The model's logits where the head reads `hidden`, which isn't refined any further."""
         before, self._is_aside = self._is_aside, True

@@ -73,12 +73,16 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Refined:
-    """What has become of x after the `num_steps` outer steps that were computed; `watched` has what was asked for."""
+    """What has become of x after the `num_steps` outer steps that were computed; `watched` has what was asked for.
+
+    `made` `[B, P]` are the steps of each position until it stopped; None: it was not asked.
+    """
 
     x: Tensor
     d: Tensor
     num_steps: int
     watched: dict[int, Stepped] = field(default_factory=dict)
+    made: Int[Tensor, "B P"] | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -225,6 +229,7 @@ class TRMRefiner(nn.Module):
         from_x = self.f_z.from_x(wide)
         d, z = torch.zeros_like(wide), self.z_start.expand(*wide.shape[:-1], -1)
         going: Tensor | None = None
+        made = torch.ones(wide.shape[:-1], dtype=torch.int64, device=wide.device)
         watched: dict[int, Stepped] = {}
         for number in range(1, num_steps + 1):
             learns = torch.is_grad_enabled() and number > num_steps - self.grad_outer_steps
@@ -237,6 +242,7 @@ class TRMRefiner(nn.Module):
                 if going is not None:
                     # Nobody else reads the z of a position that has stopped.
                     new_d = torch.where(going, new_d, d)
+                    made = made + going[..., 0]
             stepped = Stepped(number, wide, d, new_d, new_z, rests)
             d, z = new_d, new_z
             if number in watch:
@@ -245,8 +251,8 @@ class TRMRefiner(nn.Module):
                 has_stopped = stop(stepped)[..., None]
                 going = ~has_stopped if going is None else going & ~has_stopped
                 if not going.any():
-                    return Refined(x, d, number, watched)
-        return Refined(x, d, num_steps, watched)
+                    return Refined(x, d, number, watched, made)
+        return Refined(x, d, num_steps, watched, None if stop is None else made)
 
     def _rests(self, number: int, num_steps: int, own_T: Int[Tensor, "B P"]) -> Bool[Tensor, "B P"]:
         """Which positions have made all steps but their last ones, whose turn has not come."""

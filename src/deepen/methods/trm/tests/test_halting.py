@@ -78,7 +78,7 @@ def test_each_position_stops_after_the_first_step_of_which_the_rule_says_so(kind
         latents = [made.refine(x, watch={T}).watched[T].z for T in range(1, 6)]
     said = [(answer @ HEAD.T).log_softmax(dim=-1) for answer in answers]
     assert made.halt is not None
-    expected, steps = torch.empty_like(x), set()
+    expected, steps = torch.empty_like(x), torch.zeros(3, 7, dtype=torch.int64)
     for row in range(3):
         for place in range(7):
             for number in range(1, 6):
@@ -91,10 +91,16 @@ def test_each_position_stops_after_the_first_step_of_which_the_rule_says_so(kind
                 }[kind]
                 if stops or number == 5:
                     expected[row, place] = after
-                    steps.add(number)
+                    steps[row, place] = number
                     break
-    torch.testing.assert_close(refined(made, x, kind, threshold).hidden, expected, rtol=1e-9, atol=1e-11)
-    assert len(steps) > 2
+    found = refined(made, x, kind, threshold)
+    torch.testing.assert_close(found.hidden, expected, rtol=1e-9, atol=1e-11)
+    assert found.made is not None and torch.equal(found.made, steps)
+    assert len(steps.unique()) > 2
+
+
+def test_without_a_rule_nobody_is_asked_how_many_steps_a_position_has_made():
+    assert refiner().refine(some_x()).made is None
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 6), st.integers(0, 6), st.integers(0, 9))

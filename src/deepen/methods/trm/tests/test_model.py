@@ -116,6 +116,34 @@ def test_scores_are_those_of_the_forward(kind):
     torch.testing.assert_close(score.log_probs[0, 1:], log_probs[range(11), row[1:]], **TIGHT)
 
 
+@pytest.mark.parametrize("halting", ["delta", "kl", "learned"])
+def test_depths_are_the_outer_steps_that_each_token_takes_alone(halting):
+    threshold = {"delta": 0.4, "kl": 0.3, "learned": 0.5}[halting]
+    made = model("nanochat", mixing="evidence", trm_T=6, halt=halting, halt_threshold=threshold)
+    texts = rows(12, 7)
+    depths = made.score(batch_of(texts)).depths
+    assert depths is not None and made._lent is not None
+    for row, text in enumerate(texts):
+        for place in range(12):
+            steps = 0
+            if place < len(text):
+                with torch.no_grad(), made.adapted():
+                    made.base(input_ids=torch.tensor([text[: place + 1]]), use_cache=False, logits_to_keep=1)
+                steps = made._lent.refined[0].num_steps
+            assert depths[row, place] == steps
+    assert len(depths[depths > 0].unique()) > 1, "a rule by which all stop together tells nothing"
+
+
+def test_depths_behind_layers_are_those_of_all_places():
+    made = model(placement=[0, 2], trm_T=3, halt="delta", halt_threshold=0.0)
+    depths = made.score(batch_of(rows(5))).depths
+    assert depths is not None and depths.tolist() == [[6] * 5]
+
+
+def test_without_a_rule_all_tokens_are_as_deep():
+    assert model().score(batch_of(rows(5))).depths is None
+
+
 # Training
 
 
@@ -368,6 +396,18 @@ class TestSaved:
         assert made.refiner is not None and other.refiner is not None
         for name, tensor in made.refiner.state_dict().items():
             assert torch.equal(other.refiner.state_dict()[name], tensor)
+
+    @pytest.mark.parametrize("halt", ["none", "delta", "kl"])
+    def test_one_that_has_learned_to_halt_may_be_run_by_another_rule(self, halt):
+        learned, other = model(halt="learned"), model(noise=0.0, halt=halt)
+        other.load_saved_state(learned.saved_state())
+        assert other.saved_state().keys() == learned.saved_state().keys() - {"halt.weight", "halt.bias"}
+        for name, tensor in other.saved_state().items():
+            assert torch.equal(tensor, learned.saved_state()[name])
+
+    def test_one_that_has_not_learned_to_halt_is_told_to_where_it_must(self):
+        with pytest.raises(CheckpointError, match=r"missing halt\.weight"):
+            model(halt="learned").load_saved_state(model().saved_state())
 
     def test_another_mixing_is_told(self):
         with pytest.raises(CheckpointError, match=r"unknown reader\.scale"):

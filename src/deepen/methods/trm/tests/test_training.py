@@ -15,6 +15,12 @@ from deepen.checkpoint import base_address, open_model, save_model
 from deepen.core import registry
 from deepen.core.errors import CannotTrain, CheckpointError, ConfigError
 from deepen.data.batches import batch_of
+from deepen.data.formats import document_of
+from deepen.data.split import records_of
+from deepen.data.tokenizer import byte_tokenizer
+from deepen.data.tokens import TokenCorpus
+from deepen.data.vocabulary import tokenizer_fingerprint
+from deepen.evaluate.stages import StageConfig, run_stage
 from deepen.methods.trm.config import TRMConfig
 from deepen.methods.trm.model import TRMModel
 from deepen.train.config import RunConfig
@@ -22,6 +28,7 @@ from deepen.train.run import train
 
 SMALL = {"use_trm": True, "trm_d_latent": 8, "trm_n": 2, "trm_heads": 2, "mixing": "evidence"}
 WHOLE = {**SMALL, "trains": "all", "T_sampling": "uniform"}
+BY_TASK = {**SMALL, "T_sampling": "task"}
 TEXT = [list(range(40, 90)), list(range(60, 80))]
 
 
@@ -43,6 +50,44 @@ def scores(address: str | Path, **options: Any) -> torch.Tensor:
     opened = open_model(str(address), **options)
     assert isinstance(opened.model, TRMModel)
     return opened.model.score(batch_of(TEXT)).log_probs
+
+
+class TestStepsByDifficulty:
+    def corpus(self, folder: Path, *, num_untold: int) -> str:
+        """Of which 40 documents are given as ids, all but so many with a difficulty."""
+        digest = tokenizer_fingerprint(byte_tokenizer())
+        records = [
+            {"prompt_ids": [65, 66 + n % 20, 67 + n // 20], "response_ids": [68 + n % 7], "tokenizer": digest}
+            for n in range(40)
+        ]
+        for record in records[num_untold:]:
+            record["difficulty"] = 2
+        path = folder / "answers.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)))
+        return str(path)
+
+    def test_data_that_tells_it_all_is_trained_on(self, run_config, tmp_path):
+        assert trained(run_config, config=BY_TASK, data=self.corpus(tmp_path, num_untold=0), num_steps=1).exists()
+
+    def test_a_single_document_that_does_not_tell_is_an_error_before_the_first_step(self, run_config, tmp_path):
+        data = self.corpus(tmp_path, num_untold=3)
+        num_learned = TokenCorpus.of(map(document_of, records_of(data, "train")), byte_tokenizer()).num_documents
+        with pytest.raises(CannotTrain, match=rf"T_sampling task .* \d+ of {num_learned} documents don't tell") as told:
+            # Rows that a first step would hardly have had.
+            trained(run_config, config=BY_TASK, data=data, num_steps=1, batch_size=1)
+        assert "set T_sampling to uniform" in str(told.value)
+        assert not (tmp_path / "run").exists()
+
+    def test_nothing_is_asked_where_steps_do_not_go_by_it(self, run_config, tmp_path):
+        assert trained(run_config, data=self.corpus(tmp_path, num_untold=3), num_steps=1).exists()
+
+
+def test_an_evaluation_says_how_many_outer_steps_tokens_made(run_config, tmp_path):
+    halting = {"trm_T": 4, "halt": "delta", "halt_threshold": 0.0}
+    folder = trained(run_config, config={**SMALL, **halting}, num_steps=1)
+    given = {"data": run_config.data, "split": "validation", "max_new_tokens": 0, "output_dir": str(tmp_path / "out")}
+    results, _ = run_stage(StageConfig(model=str(folder), stage="finetuned_recursive", **given))
+    assert results["depths"]["mean"] == 4 and results["depths"]["histogram"][:3] == [0, 0, 0]
 
 
 class TestFrozenBase:

@@ -151,7 +151,14 @@ def test_an_advance_costs_what_is_told_whenever_it_halts(kind, halting):
         context = ran.contexts[0]
         own = made.flops(num_positions=1, context=context) - costs.flops(num_positions=1, context=context)
         assert counted == ran.flops_computed(made.backbone, costs) + own + spent.added_flops
-        found.add(spent.layer_applications - made.backbone.num_layers)
+        num_outer = spent.layer_applications - made.backbone.num_layers
+        found.add(num_outer)
+        if kind["placement"] == "head":
+            halted = made.halted_flops(num_outer, context=context)
+            assert (
+                counted
+                == ran.flops_computed(made.backbone, costs) - costs.flops(num_positions=1, context=context) + halted
+            )
         assert spent.added_flops <= 0
     places = 1 if kind["placement"] == "head" else 2
     assert (found == {4 * places}) if not halting else (max(found) <= 4 * places and len(found) > 1)
