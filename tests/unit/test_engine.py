@@ -1,6 +1,7 @@
 """The engine by itself: whose turn it is, what is held, and what one request can do to the others."""
 
 import asyncio
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -15,8 +16,9 @@ from deepen.backbones.hf import Backbone
 from deepen.checkpoint import open_model
 from deepen.core.depthwise import DepthLayout, KeyValues, Running, State
 from deepen.core.errors import ConfigError, DeepenError, PromptError
+from deepen.core.types import RowAdvance
 from deepen.engine.engine import Engine
-from deepen.engine.request import Request
+from deepen.engine.request import Live, Request
 from deepen.engine.served import AsyncEngine
 from deepen.generate.events import Committed, Event, Finished
 from deepen.generate.sampling import SamplingConfig
@@ -162,6 +164,50 @@ class TestTurns:
         assert together.spent.passes <= max(calls) + MOST < sum(calls)
         assert together.spent.positions == 20 + 20 + 21
 
+    def test_a_stream_of_newcomers_keeps_nobody_waiting(self, backbone: Backbone) -> None:
+        """One comes each step, so that somebody is always on the way; what is done leaves all the same."""
+        engine = Engine(Scripted(), backbone=backbone, slots=64, max_length=32, exit_width=64)
+        first, last, ended = engine.submit(deep(1, 6)), 0, False
+        for step in range(1, 60):
+            engine.submit(asked(3, new=20))
+            of_first = [event for event in engine.step() if event.row == first]
+            ended = ended or any(isinstance(event, Finished) for event in of_first)
+            last = step if of_first or ended else last
+            assert step - last < 2 * MOST - 1
+        assert ended
+
+    def test_prompts_of_those_who_came_first_are_read_first(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone, slots=2, max_length=64, prompt_width=4)
+        numbers = [engine.submit(asked(*[0] * 25, new=1)) for _ in range(2)]
+        assert [event.row for event in run(engine) if isinstance(event, Committed)] == numbers
+
+    def test_a_long_prompt_is_not_overtaken_by_shorter_ones(self, backbone: Backbone) -> None:
+        """Another's piece is on the way when it begins, so that its own first one is short."""
+        engine = Engine(Scripted(), backbone=backbone, slots=12, max_length=128, prompt_width=16, exit_width=1)
+        numbers = [engine.submit(asked(*[each] * width, new=1)) for each, width in ((0, 16), (3, 100))]
+        numbers += [engine.submit(asked(*[3] * 15, new=1)) for _ in range(9)]
+        assert [event.row for event in run(engine) if isinstance(event, Committed)] == numbers
+
+    def test_no_more_tokens_of_prompts_than_prompt_width_are_on_their_way(self, backbone: Backbone) -> None:
+        class Counted(Scripted):
+            """Counts tokens that have entered and not left."""
+
+            inside = most = 0
+
+            def enter(self, ids: Tensor, running: Running, kv: KeyValues) -> State:
+                self.inside += len(ids)
+                self.most = max(self.most, self.inside)
+                return super().enter(ids, running, kv)
+
+            def leave(self, state: State, running: Running, kv: KeyValues) -> Tensor:
+                self.inside -= len(running)
+                return super().leave(state, running, kv)
+
+        model = Counted()
+        engine = Engine(model, backbone=backbone, slots=3, max_length=64, prompt_width=5, exit_width=1)
+        engine.complete([asked(*[3] * width, new=1) for width in (21, 22, 23)])
+        assert 5 <= model.most <= 5 + 3
+
     def test_tokens_leave_when_enough_are_done(self, backbone: Backbone) -> None:
         requests = [deep(place, 12) for place in range(8)]
         heads: dict[int, Counter[int]] = {}
@@ -199,10 +245,16 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="temperature"):
             Engine(Scripted(), backbone=backbone).submit(Request((1,), SamplingConfig(temperature=-1)))
 
-    @pytest.mark.parametrize("name", ["slots", "max_length", "prompt_width", "exit_width"])
+    @pytest.mark.parametrize("name", ["slots", "max_length", "memory_bytes", "prompt_width", "exit_width"])
     def test_impossible_numbers(self, backbone: Backbone, name: str) -> None:
-        with pytest.raises(ConfigError, match=f"{name} must be 1 or more, not 0"):
+        with pytest.raises(ConfigError, match=f"{name} must be a whole number from 1 on, not 0"):
             Engine(Scripted(), backbone=backbone, **{name: 0})
+        with pytest.raises(ConfigError, match=f"{name} must be a whole number from 1 on, not 2.5"):
+            Engine(Scripted(), backbone=backbone, **{name: 2.5})
+
+    def test_memory_for_not_one_token(self, backbone: Backbone) -> None:
+        with pytest.raises(ConfigError, match="memory_bytes is 100, too little for a single token, which may take 128"):
+            Engine(Scripted(), backbone=backbone, memory_bytes=100)
 
     def test_what_can_t_be_batched(self, backbone: Backbone) -> None:
         with pytest.raises(ConfigError, match=r"object .*come and go"):
@@ -267,9 +319,89 @@ class TestOneAmongOthers:
         said = [token for e in events if isinstance(e, Committed) and e.row == last for token in e.tokens]
         assert said == answer(asked(3, new=9))
 
+    def test_cancelled_while_done_and_waiting_to_leave(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone, slots=2, max_length=32, exit_width=2)
+        shallow = engine.submit(asked(0, new=5))
+        engine.submit(asked(3, new=1))
+        engine.step()
+        engine.cancel(shallow)
+        assert finished(run(engine))[shallow].reason == "cancelled"
+        assert engine.statistics.tokens == 1
+
+    def test_tokens_behind_an_end_are_not_told(self) -> None:
+        live = Live(0, Request((1,), stop=StopConfig(eos_ids=(2,))))
+        committed, end = live.take(RowAdvance((5, 2, 7)), 1)
+        assert isinstance(committed, Committed) and isinstance(end, Finished)
+        assert (committed.tokens, end.reason) == ((5, 2), "eos")
+
+    def test_stop_strings_and_text(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone, slots=2, max_length=32, tokenizer=Named())
+        stop = StopConfig(max_new_tokens=9, stop_strings=("<8>",))
+        ended, other = engine.complete([Request((1,), stop=stop), asked(3, new=3)])
+        assert (ended.tokens, ended.text, ended.reason) == ([1, 2, 4, 8], "<1><2><4>", "stop_string")
+        assert other.text == "<3><6><12>"
+
+    def test_a_stop_string_may_begin_in_the_prompt(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone, slots=1, max_length=32, tokenizer=Named())
+        stop = StopConfig(max_new_tokens=9, stop_strings=("<7><7>",))
+        assert engine.complete([Request((7,), stop=stop)])[0].tokens == [7]
+
     def test_nothing_to_add(self, backbone: Backbone) -> None:
         engine = Engine(Scripted(), backbone=backbone, slots=1)
         assert [each.reason for each in engine.complete([asked(1, new=0), asked(1, new=1)])] == ["length", "length"]
+
+
+class Named:
+    """Texts that tell ids."""
+
+    def decode(self, ids: Sequence[int], **options: object) -> str:
+        return "".join(f"<{each}>" for each in ids)
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return f"<{ids}>"
+
+
+class Faulty(Scripted):
+    """Breaks where tokens leave, after a while."""
+
+    def leave(self, state: State, running: Running, kv: KeyValues) -> Tensor:
+        time.sleep(0.1)
+        raise RuntimeError("out of order")
+
+
+class TestTogether:
+    """`stream` and `complete`."""
+
+    def test_if_one_is_refused_none_is_begun(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone, slots=2, max_length=16)
+        with pytest.raises(PromptError):
+            engine.complete([asked(1, new=3), asked(1, new=99)])
+        with pytest.raises(ConfigError, match="tokenizer"):
+            engine.complete([asked(1, new=3), Request((1,), stop=StopConfig(max_new_tokens=2, stop_strings=("x",)))])
+        assert not engine.is_busy
+        assert engine.complete([asked(2, new=3)])[0].tokens == answer(asked(2, new=3))
+
+    def test_what_a_reader_leaves_is_forgotten(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone, slots=1, max_length=16)
+        stream = engine.stream([asked(1, new=5), asked(2, new=5)])
+        next(stream)
+        stream.close()
+        assert not engine.is_busy and engine.num_bytes == 0
+        assert engine.complete([asked(2, new=3)])[0].tokens == answer(asked(2, new=3))
+
+    def test_others_events_are_not_lost(self, backbone: Backbone) -> None:
+        engine = Engine(Scripted(), backbone=backbone)
+        engine.submit(asked(1))
+        with pytest.raises(ConfigError, match="has 1 requests to answer, whose events would be lost"):
+            engine.complete([asked(2)])
+
+    def test_after_a_fault_nothing_is_answered_wrongly(self, backbone: Backbone) -> None:
+        engine = Engine(Faulty(), backbone=backbone)
+        with pytest.raises(RuntimeError, match="out of order"):
+            engine.complete([asked(1)])
+        for again in (engine.step, lambda: engine.submit(asked(1)), lambda: engine.complete([asked(1)])):
+            with pytest.raises(DeepenError, match=r"RuntimeError: out of order.*make a new one"):
+                again()
 
 
 class TestWaiting:
@@ -299,6 +431,56 @@ class TestWaiting:
 
         asyncio.run(everything())
         assert engine.num_bytes == 0
+        assert engine.statistics.tokens < 500
+
+    def test_leaving_the_block_ends_streams(self, backbone: Backbone) -> None:
+        async def read(served: AsyncEngine) -> Event:
+            return [event async for event in served.stream(asked(1, new=500))][-1]
+
+        async def everything() -> list[object]:
+            async with AsyncEngine(Engine(Scripted(), backbone=backbone, slots=1, max_length=512)) as served:
+                reading = [asyncio.create_task(read(served)) for _ in range(2)]
+                await asyncio.sleep(0.05)
+            return await asyncio.wait_for(asyncio.gather(*reading, return_exceptions=True), 20)
+
+        for each in asyncio.run(everything()):
+            assert isinstance(each, DeepenError) and "stopped before the request had ended" in str(each)
+
+    def test_who_gives_up_while_submitting_disturbs_nobody(self, backbone: Backbone) -> None:
+        class Slow(Scripted):
+            def recur(self, state: State, running: Running, kv: KeyValues) -> tuple[State, Tensor]:
+                time.sleep(0.05)
+                return super().recur(state, running, kv)
+
+        async def said(served: AsyncEngine, request: Request) -> list[int]:
+            return [t async for event in served.stream(request) if isinstance(event, Committed) for t in event.tokens]
+
+        engine = Engine(Slow(), backbone=backbone, slots=4, max_length=32)
+
+        async def everything() -> list[list[int]]:
+            async with AsyncEngine(engine) as served:
+                first = asyncio.create_task(said(served, asked(1, new=6)))
+                await asyncio.sleep(0.1)
+                for _ in range(3):
+                    gone = asyncio.create_task(said(served, asked(2, new=20)))
+                    await asyncio.sleep(0.01)
+                    gone.cancel()
+                return [await asyncio.wait_for(first, 20), await said(served, asked(3, new=6))]
+
+        assert asyncio.run(everything()) == [answer(asked(1, new=6)), answer(asked(3, new=6))]
+        assert engine.statistics.tokens < 12 + 20
+
+    def test_what_is_asked_while_it_breaks_is_answered(self, backbone: Backbone) -> None:
+        async def everything() -> list[object]:
+            async with AsyncEngine(Engine(Faulty(), backbone=backbone, slots=1)) as served:
+                first = asyncio.ensure_future(anext(served.stream(asked(1))))
+                await asyncio.sleep(0.05)
+                second, gone = (asyncio.ensure_future(anext(served.stream(asked(each)))) for each in (2, 3))
+                await asyncio.sleep(0.01)
+                gone.cancel()
+                return await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 20)
+
+        assert [str(each) for each in asyncio.run(everything())] == ["out of order"] * 2
 
     def test_refusals_reach_the_one_who_asked(self, backbone: Backbone) -> None:
         async def everything() -> None:
@@ -312,10 +494,6 @@ class TestWaiting:
         asyncio.run(everything())
 
     def test_a_fault_of_the_engine_reaches_everybody(self, backbone: Backbone) -> None:
-        class Faulty(Scripted):
-            def leave(self, state: State, running: Running, kv: KeyValues) -> Tensor:
-                raise RuntimeError("out of order")
-
         async def ask(served: AsyncEngine) -> None:
             with pytest.raises(RuntimeError, match="out of order"):
                 async for _ in served.stream(asked(1)):

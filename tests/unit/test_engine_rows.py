@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deepen.backbones import tiny
 from deepen.backbones.hf import Backbone
-from deepen.core.errors import CannotJoin
+from deepen.core.errors import CannotJoin, PromptError
 from deepen.core.method import Joining
 from deepen.engine.engine import Engine
 from deepen.engine.request import Request
@@ -119,6 +119,37 @@ def test_bytes_are_those_of_the_caches() -> None:
     assert engine.most_bytes == 4 * row
 
 
+def test_a_request_that_is_too_long() -> None:
+    engine = Engine(PlainDecoder(backbone("llama")), backbone=backbone("llama"), slots=2, max_length=20)
+    with pytest.raises(PromptError, match="may hold 20 tokens, and this one 21"):
+        engine.submit(Request(tuple(range(12)), stop=StopConfig(max_new_tokens=9)))
+
+
+def test_cancelled_while_its_prompt_is_read() -> None:
+    decoder = PlainDecoder(backbone("llama"))
+    engine = Engine(decoder, backbone=backbone("llama"), slots=2, max_length=60, prompt_width=4)
+    gone = engine.submit(Request(tuple(range(30)), stop=StopConfig(max_new_tokens=4)))
+    engine.step()
+    engine.cancel(gone)
+    request = Request(tuple(range(40, 60)), stop=StopConfig(max_new_tokens=4))
+    number, said = engine.submit(request), []
+    while engine.is_busy:
+        said += [t for e in engine.step() if isinstance(e, Committed) and e.row == number for t in e.tokens]
+    assert said == alone("llama", request).tokens
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(1, 1), (2, 1), (3, 2)])
+def test_a_prompt_that_is_read_has_room_beside_several_rows(rows: int, slots: int) -> None:
+    decoder = PlainDecoder(backbone("llama"))
+    memory = rows * decoder.state_bytes(context=128)
+    engine = Engine(decoder, backbone=backbone("llama"), slots=9, max_length=100, memory_bytes=memory)
+    for place in range(4):
+        engine.submit(Request((place,), stop=StopConfig(max_new_tokens=9)))
+    engine.step()
+    assert engine.num_answered == slots
+    assert engine.most_bytes <= memory
+
+
 def test_memory_says_how_many_rows_there_are() -> None:
     decoder = PlainDecoder(backbone("llama"))
     row = decoder.state_bytes(context=128)
@@ -145,6 +176,27 @@ class TestChunks:
             assert said == complete(plain, [request.ids], stop=request.stop)[0].tokens
         if draft == "lookup":
             assert max(len(event.tokens) for event in events if isinstance(event, Committed)) > 1
+
+    def test_tokens_behind_an_end_are_not_told(self) -> None:
+        """A draft that is accepted may go beyond the id that ends a row."""
+        model = ChunkRefineWrapper(backbone("llama").model, recursive_enabled=True, draft="lookup", chunk_width=8)
+        ids = (1, 2, 3) * 8
+        full = complete(PlainDecoder(backbone("llama")), [ids], stop=StopConfig(max_new_tokens=40))[0].tokens
+        for eos in sorted(set(full)):
+            stop = StopConfig(max_new_tokens=40, eos_ids=(eos,))
+            engine = Engine(model, backbone=model.backbone, slots=2, max_length=100)
+            got = engine.complete([Request(ids, stop=stop)])[0]
+            assert (got.tokens, got.reason) == (full[: full.index(eos) + 1], "eos")
+
+    def test_a_prompt_in_pieces_leaves_room_for_drafts(self) -> None:
+        """As few passes as of a prompt read at once."""
+        model = ChunkRefineWrapper(backbone("llama").model, recursive_enabled=True, draft="lookup", chunk_width=8)
+        request = Request((1, 2, 3) * 8, stop=StopConfig(max_new_tokens=20))
+        passes = {}
+        for width in (256, 5):
+            engine = Engine(model, backbone=model.backbone, slots=1, max_length=100, prompt_width=width)
+            passes[width] = engine.complete([request])[0].passes
+        assert passes[5] == passes[256] < 20
 
     def test_refined_mode_is_refused_at_once(self) -> None:
         model = ChunkRefineWrapper(backbone("llama").model, recursive_enabled=True, commit_mode="refined")

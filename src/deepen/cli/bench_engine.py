@@ -41,10 +41,11 @@ class EngineOptions:
 
     def check(self) -> None:
         """Raises `ConfigError` for a number that means nothing."""
-        for name in ("prompt_tokens", "new_tokens", "rounds", "load_requests"):
+        least = {"prompt_tokens": 1, "new_tokens": 1, "rounds": 1, "load_requests": 2}
+        for name, number in least.items():
             value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"--engine.{name.replace('_', '-')} is {value}; give a whole number from 1 on")
+            if value < number:
+                raise ConfigError(f"--engine.{name.replace('_', '-')} is {value}; give a whole number from {number} on")
         if not self.slots or min(self.slots) < 1:
             raise ConfigError(f"--engine.slots is {' '.join(map(str, self.slots))}; give whole numbers from 1 on")
         if not self.models:

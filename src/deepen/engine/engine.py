@@ -1,6 +1,6 @@
 """Requests in, events out: each request gets the tokens that it would get alone.
 
-    engine = Engine(model, slots=16)
+    engine = Engine(model, backbone=model.backbone, slots=16)
     for event in engine.stream([Request(ids) for ids in prompts]):
         ...
 
@@ -8,21 +8,22 @@ or request by request: `submit`, `step` as long as there `is_busy`, `cancel`.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 from deepen.backbones.hf import Backbone
 from deepen.core.depthwise import Depthwise
-from deepen.core.errors import ConfigError, PromptError
+from deepen.core.errors import ConfigError, DeepenError, PromptError
 from deepen.core.method import Joining
 from deepen.generate.detokenize import Tokenizer
 from deepen.generate.events import Event, Finished, RowResult
-from deepen.nn.attention import KEY_BLOCK, round_up
 
+from .depths import DepthRunner
 from .pool import EntryPool
 from .request import Live, Request
 from .rows import RowRunner
-from .runner import DepthRunner, Runner, Statistics
+from .runner import Runner, Statistics
 from .scheduler import Scheduler
 
 DEFAULT_LENGTH = 2048
@@ -57,7 +58,13 @@ class Engine:
         Raises `ConfigError` for a number that can't be, and for a decoder that can't serve; `CannotJoin` for one that
         can't as it is configured.
         """
-        self._refuse_numbers(slots=slots, max_length=max_length, prompt_width=prompt_width, exit_width=exit_width)
+        self._refuse_numbers(
+            slots=slots,
+            max_length=max_length,
+            memory_bytes=memory_bytes,
+            prompt_width=prompt_width,
+            exit_width=exit_width,
+        )
         self._backbone, self._tokenizer = backbone, tokenizer
         self._runner = make_runner(
             decoder,
@@ -70,12 +77,13 @@ class Engine:
         )
         self._scheduler = Scheduler(self._runner)
         self._numbers = count()
+        self._fault: BaseException | None = None
 
     @staticmethod
     def _refuse_numbers(**numbers: int | None) -> None:
         for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {number}")
+            if number is not None and (type(number) is not int or number < 1):
+                raise ConfigError(f"{name} must be a whole number from 1 on, not {number}")
 
     @property
     def is_busy(self) -> bool:
@@ -94,7 +102,7 @@ class Engine:
 
     @property
     def num_bytes(self) -> int:
-        """Of keys, values and states that are held now."""
+        """Of keys and values that are held now, and of states that stand in their place."""
         return self._runner.num_bytes
 
     @property
@@ -112,15 +120,26 @@ class Engine:
 
         Raises `PromptError` for ids that are no prompt of the model's, and for a request that could never be held.
         """
+        live = self._accepted(request)
+        self._scheduler.submit(live)
+        return live.number
+
+    def _accepted(self, request: Request) -> Live:
+        self._refuse_faulty()
         request.check(vocab_size=self._backbone.vocab_size, context_length=self._backbone.context_length)
         refusal = self._runner.refusal(request.most_tokens)
         if refusal is not None:
             raise PromptError(
                 f"the request can never be answered: {refusal}, shorten the prompt or lower max_new_tokens"
             )
-        live = Live(next(self._numbers), request, self._tokenizer)
-        self._scheduler.submit(live)
-        return live.number
+        return Live(next(self._numbers), request, self._tokenizer)
+
+    def _refuse_faulty(self) -> None:
+        if self._fault is not None:
+            raise DeepenError(
+                f"the engine broke off in the middle of a step ({type(self._fault).__name__}: {self._fault}), so what "
+                "its requests hold can't be relied on; make a new one, and ask again"
+            ) from self._fault
 
     def cancel(self, number: int) -> None:
         """End a request at the next step, with the reason "cancelled"; one that has ended already stays as it is."""
@@ -129,7 +148,18 @@ class Engine:
             live.cancel()
 
     def step(self) -> list[Event]:
-        """One unit of work, and what came of it."""
+        """One unit of work, and what came of it.
+
+        An exception here is none of a request's. It leaves the engine of no more use: from then on it refuses.
+        """
+        self._refuse_faulty()
+        try:
+            return self._step()
+        except BaseException as fault:
+            self._fault = fault
+            raise
+
+    def _step(self) -> list[Event]:
         events = [event for live in list(self._scheduler.everybody()) for event in self._ended(live)]
         self._scheduler.admit()
         if self._scheduler.num_answered:
@@ -148,12 +178,26 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Submit all of these, and give events until each has ended; `row` is a request's index here.
 
-        Nothing else may be submitted meanwhile.
+        If one is refused, none is submitted; those that haven't ended when a reader leaves are forgotten. Raises
+        `ConfigError` while requests are there that were submitted otherwise, whose events would be lost.
         """
-        rows = {self.submit(request): row for row, request in enumerate(requests)}
-        while self.is_busy:
-            for event in self.step():
-                yield type(event)(**{**vars(event), "row": rows[event.row]})
+        num_others = self.num_waiting + self.num_answered
+        if num_others:
+            raise ConfigError(
+                f"the engine has {num_others} requests to answer, whose events would be lost: go on with step until it "
+                "isn't busy, or submit these, too"
+            )
+        lives = [self._accepted(request) for request in requests]
+        rows = {live.number: row for row, live in enumerate(lives)}
+        for live in lives:
+            self._scheduler.submit(live)
+        try:
+            while self.is_busy:
+                for event in self.step():
+                    yield replace(event, row=rows[event.row])
+        finally:
+            for live in list(self._scheduler.everybody()):
+                self._scheduler.release(live)
 
     def complete(self, requests: Sequence[Request]) -> list[RowResult]:
         """The outcome of each, in this order."""
@@ -183,6 +227,11 @@ def make_runner(
             device=backbone.device,
             dtype=backbone.dtype,
         )
+        if not pool.has_room(1):
+            raise ConfigError(
+                f"memory_bytes is {memory_bytes}, too little for a single token, which may take "
+                f"{pool.needed(1) * pool.bytes_per_entry}; raise memory_bytes"
+            )
         return DepthRunner(decoder, pool, device=backbone.device, prompt_width=prompt_width, exit_width=exit_width)
     if not isinstance(decoder, Joining):
         raise ConfigError(
@@ -190,13 +239,4 @@ def make_runner(
             "to come and go (core/method.py, Joining)"
         )
     decoder.check_joining()
-    bytes_per_row = decoder.state_bytes(context=round_up(max_length, KEY_BLOCK))
-    fitting = slots if memory_bytes is None else min(slots, memory_bytes // bytes_per_row - 1)
-    if fitting < 1:
-        raise ConfigError(
-            f"memory_bytes is {memory_bytes}, too little for a request of max_length {max_length}: a row takes "
-            f"{bytes_per_row}, and a prompt that is being read as much; lower max_length or raise memory_bytes"
-        )
-    return RowRunner(
-        decoder, slots=fitting, max_length=max_length, bytes_per_row=bytes_per_row, prompt_width=prompt_width
-    )
+    return RowRunner(decoder, slots=slots, max_length=max_length, memory_bytes=memory_bytes, prompt_width=prompt_width)

@@ -14,7 +14,10 @@ from deepen.nn.attention import KEY_BLOCK, round_up
 
 
 class EntryPool:
-    """C entries, `[C, S, E]` keys and as many values, and for each slot and layer where those of its tokens are."""
+    """C entries, `[C, S, E]` keys and as many values, and for each slot and layer where those of its tokens are.
+
+    Bytes told are those of keys and values. Tables beside them take 8 for each layer, slot and token of `max_length`.
+    """
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class EntryPool:
         self._owners[found] = -1
         self._free[self._num_free : self._num_free + len(found)] = found
         self._num_free += len(found)
+        # The next row here must not come upon what this one has left, hidden or not.
+        self._where[:, slot] = 0
         del self._set_aside[slot]
         self._free_slots.append(slot)
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from deepen.core.errors import ConfigError
 from deepen.core.method import Joining
 from deepen.core.types import Prompt
+from deepen.nn.attention import KEY_BLOCK, round_up
 
 from .request import Live
 from .runner import Gain, Statistics
@@ -34,10 +36,25 @@ class RowRunner:
     A prompt that is being read has its own, beside that of the rows: there is one such at a time.
     """
 
-    def __init__(self, decoder: Joining, *, slots: int, max_length: int, bytes_per_row: int, prompt_width: int) -> None:
-        """`prompt_width` tokens of prompts are read in a tick, at most; `bytes_per_row` are those of `max_length`."""
-        self._decoder, self._slots, self._max_length = decoder, slots, max_length
-        self._bytes_per_row, self._prompt_width = bytes_per_row, prompt_width
+    def __init__(
+        self, decoder: Joining, *, slots: int, max_length: int, memory_bytes: int | None, prompt_width: int
+    ) -> None:
+        """As many of the `slots` as `memory_bytes` has room for, None for all; `ConfigError` if that is none.
+
+        In a tick at most `prompt_width` tokens of prompts are read.
+        """
+        self._decoder, self._max_length, self._prompt_width = decoder, max_length, prompt_width
+        self._bytes_per_row = decoder.state_bytes(context=round_up(max_length, KEY_BLOCK))
+        fitting = slots if memory_bytes is None else memory_bytes // self._bytes_per_row
+        if fitting < 1:
+            raise ConfigError(
+                f"memory_bytes is {memory_bytes}, too little for a request of max_length {max_length}, which takes "
+                f"{self._bytes_per_row}; lower max_length or raise memory_bytes"
+            )
+        if memory_bytes is not None and fitting > 1:
+            # Beside several rows there must be room for one that is being read.
+            fitting -= 1
+        self._slots = min(slots, fitting)
         self._decoding: Any = None
         self._rows: list[Live] = []
         self._has_joined = False
@@ -49,7 +66,7 @@ class RowRunner:
 
     @property
     def num_bytes(self) -> int:
-        """Of caches as they are allocated: all slots' at once, from when a second row has come."""
+        """Of caches of `max_length` tokens: all slots' at once, from when a second row has come."""
         num_rows = self._slots if self._has_joined else len(self._rows)
         return (num_rows + (self._reading is not None)) * self._bytes_per_row
 

@@ -47,15 +47,16 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._thread is not None, "entered"
-        if self._closed is None:
-            self._ask(self._stop)
+        with self._gate:
+            if self._closed is None:
+                self._asked.put((self._stop, Future()))
         await asyncio.to_thread(self._thread.join)
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """The events of one request, the last of them `Finished`. Raises what `Engine.submit` raises."""
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        number = await asyncio.wrap_future(self._ask(partial(self._submit, request, events)))
         try:
+            await asyncio.wrap_future(self._ask(partial(self._submit, request, events)))
             while True:
                 event = await events.get()
                 if isinstance(event, Exception):
@@ -66,7 +67,8 @@ class AsyncEngine:
         finally:
             with self._gate:
                 if self._closed is None:
-                    self._asked.put((partial(self._leave, number), Future()))
+                    # Behind the submission, should its answer not have been waited for.
+                    self._asked.put((partial(self._leave, events), Future()))
 
     def _ask(self, what: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -91,7 +93,9 @@ class AsyncEngine:
         with self._gate:
             self._closed = error
         while not self._asked.empty():
-            self._asked.get()[1].set_exception(error)
+            _, future = self._asked.get()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         for number in list(self._streams):
             self._tell(number, error)
 
@@ -105,14 +109,13 @@ class AsyncEngine:
             except Empty:
                 return
 
-    def _submit(self, request: Request, events: "asyncio.Queue[Event | Exception]") -> int:
-        number = self._engine.submit(request)
-        self._streams[number] = events
-        return number
+    def _submit(self, request: Request, events: "asyncio.Queue[Event | Exception]") -> None:
+        self._streams[self._engine.submit(request)] = events
 
-    def _leave(self, number: int) -> None:
-        self._streams.pop(number, None)
-        self._engine.cancel(number)
+    def _leave(self, events: "asyncio.Queue[Event | Exception]") -> None:
+        for number in [number for number, each in self._streams.items() if each is events]:
+            del self._streams[number]
+            self._engine.cancel(number)
 
     def _stop(self) -> None:
         self._stops = True
@@ -130,6 +133,8 @@ class AsyncEngine:
 
 
 def _answer(what: Callable[[], Any], future: Future[Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return  # nobody waits for it any more
     try:
         future.set_result(what())
     except Exception as error:  # of what was asked: the one who asked gets it

@@ -147,6 +147,8 @@ def under_load(
             continue
         for event in engine.step():
             now = perf_counter() - began
+            if isinstance(event, Finished) and event.error is not None:
+                raise event.error
             if isinstance(event, Finished):
                 last[event.row] = now
             else:

@@ -144,6 +144,20 @@ def test_every_kind_of_model(routing: str, kv: str, sharing: str) -> None:
     assert [each.tokens for each in engine.complete(requests)] == [alone(model, each).tokens for each in requests]
 
 
+@pytest.mark.parametrize("kv", ["recursion", "shared", "frozen"])
+def test_what_a_failed_request_has_left_disturbs_nobody(kv: str) -> None:
+    """Its keys and values were no numbers, and others come to stand where it stood."""
+    model = method(kv=kv)
+    with torch.no_grad():
+        model.base.model.embed_tokens.weight[60] = torch.nan
+    fine = Request((5, 7, 9), stop=StopConfig(max_new_tokens=6))
+    bad = Request((5, 60, *range(10)), stop=StopConfig(max_new_tokens=6))
+    for slots in (1, 2):
+        results = Engine(model, backbone=model.backbone, slots=slots).complete([bad, fine, fine, fine])
+        assert results[0].reason == "failed"
+        assert [each.tokens for each in results[1:]] == [alone(model, fine).tokens] * 3
+
+
 def test_a_model_of_one_recursion_is_batched_as_any_plain_one() -> None:
     model = method(num_recursions=1, num_hidden_layers=4)
     requests = [Request(tuple(range(3, 3 + length)), stop=StopConfig(max_new_tokens=6)) for length in (2, 11, 5)]
