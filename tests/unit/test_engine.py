@@ -247,10 +247,8 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["slots", "max_length", "memory_bytes", "prompt_width", "exit_width"])
     def test_impossible_numbers(self, backbone: Backbone, name: str) -> None:
-        with pytest.raises(ConfigError, match=f"{name} must be a whole number from 1 on, not 0"):
+        with pytest.raises(ConfigError, match=f"{name} must be 1 or more, not 0"):
             Engine(Scripted(), backbone=backbone, **{name: 0})
-        with pytest.raises(ConfigError, match=f"{name} must be a whole number from 1 on, not 2.5"):
-            Engine(Scripted(), backbone=backbone, **{name: 2.5})
 
     def test_memory_for_not_one_token(self, backbone: Backbone) -> None:
         with pytest.raises(ConfigError, match="memory_bytes is 100, too little for a single token, which may take 128"):
@@ -443,8 +441,8 @@ class TestWaiting:
                 await asyncio.sleep(0.05)
             return await asyncio.wait_for(asyncio.gather(*reading, return_exceptions=True), 20)
 
-        for each in asyncio.run(everything()):
-            assert isinstance(each, DeepenError) and "stopped before the request had ended" in str(each)
+        ends = asyncio.run(everything())
+        assert [each.reason for each in ends if isinstance(each, Finished)] == ["cancelled", "cancelled"]
 
     def test_who_gives_up_while_submitting_disturbs_nobody(self, backbone: Backbone) -> None:
         class Slow(Scripted):

@@ -82,8 +82,8 @@ class Engine:
     @staticmethod
     def _refuse_numbers(**numbers: int | None) -> None:
         for name, number in numbers.items():
-            if number is not None and (type(number) is not int or number < 1):
-                raise ConfigError(f"{name} must be a whole number from 1 on, not {number}")
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be 1 or more, not {number}")
 
     @property
     def is_busy(self) -> bool:
