@@ -4,9 +4,12 @@
 
 benchmarks/hops/NAME.json says the task, the trunk's shape, the arms, rates, seeds and the run that all share. An arm's
 learning rate is the one of `rates` with the lowest loss on validation examples, from a seed that is used for nothing
-else. Trained arms answer test examples of each number of hops, also of more than training has shown; refiners with each
-number of outer steps of `T`, and where training took as many as there are hops, with that many: what no question tells,
-an oracle.
+else; where there is but one rate, nothing is tried. A comparison may have `lessons`, which models learn before they
+become arms, so that arms of one shape begin with the same model, and `stages`, which every arm goes through first.
+
+Trained arms answer test examples of each number of hops, also of more than training has shown; refiners with each
+number of outer steps of `T`, but where training took as many as there are hops, with that many alone: what no question
+tells, an oracle.
 
 Everything lies in RUNS/NAME and OUT/NAME, and what is there isn't made again; OUT/NAME/summary.json has the figures.
 """
@@ -22,7 +25,7 @@ from statistics import fmean
 from threading import Lock
 from typing import Any
 
-from commands import deepen, last_checkpoint
+from commands import deepen
 
 from deepen.backbones.new import new_model, new_tokenizer
 from deepen.checkpoint import Opened, open_model, save_model
@@ -51,9 +54,10 @@ _models = Lock()
 class Comparison(Config):
     """One file of benchmarks/hops.
 
-    `train` is an address; `test` another, in which {hops} stands for each number of hops. The arms in `arms` have
-    "shape", fields that differ from `shape`, "refiner", its configuration beside what `refiner` says of all, and
-    "settings", more of the task's for both addresses; all may be left out.
+    `train` is an address; `test` another, in which {hops} stands for each number of hops. `lessons` and `stages` are
+    fields of runs, "data" among them, beside what `run` says of all. The arms in `arms` have "shape", what differs from
+    `shape`, "refiner", its configuration beside what `refiner` says of all, "settings", more of the task's for all
+    addresses but those of lessons, and "run", fields of its runs beside those of all; all may be left out.
     """
 
     train: str
@@ -67,10 +71,18 @@ class Comparison(Config):
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     run: dict[str, Any]
+    lessons: tuple[dict[str, Any], ...] = ()
+    stages: tuple[dict[str, Any], ...] = ()
 
-    def data_of(self, arm: str) -> str:
-        """What an arm is trained on."""
-        return self.train + self.arms[arm].get("settings", "")
+    def runs_of(self, arm: str) -> list[dict[str, Any]]:
+        """What an arm's runs say beside what all say, one after the other, the last on what it is all about."""
+        fields = self.arms[arm]
+        runs = [*self.stages, {"data": self.train}]
+        return [{**each, **fields.get("run", {}), "data": each["data"] + fields.get("settings", "")} for each in runs]
+
+    def shape_of(self, arm: str) -> dict[str, Any]:
+        """Of the model that an arm begins with."""
+        return {**self.shape, **self.arms[arm].get("shape", {})}
 
     def asked_of(self, arm: str, hops: int) -> str:
         """What an arm is asked."""
@@ -86,15 +98,25 @@ class Comparison(Config):
         own = self.arms[arm].get("refiner")
         if own is None:
             return [None]
-        trained = ORACLE if own.get("T_sampling") == "task" else own.get("T_max", own.get("trm_T", TRMConfig.trm_T))
+        if own.get("T_sampling") == "task":
+            return [ORACLE]
+        trained = own.get("T_max", own.get("trm_T", TRMConfig.trm_T))
         return [trained, *(each for each in self.T if each != trained)]
 
+    def model_of(self, arm: str) -> str:
+        """The first arm that begins with the same model."""
+        return next(each for each in self.arms if self.shape_of(each) == self.shape_of(arm))
+
     def training_of(self, arm: str) -> dict[str, Any]:
-        """What an arm's run says of its method; nothing where the model brings its own."""
+        """What an arm's first run says of its method; nothing where the model brings its own."""
         fields = self.arms[arm]
         if "refiner" in fields:
             return {"method": "trm", "config": {**self.refiner, **fields["refiner"]}}
-        return {} if "model_type" in fields.get("shape", {}) else {"method": "dense", "config": "full"}
+        return self.training_of_base(arm)
+
+    def training_of_base(self, arm: str) -> dict[str, Any]:
+        """The same of the model alone."""
+        return {} if "model_type" in self.arms[arm].get("shape", {}) else {"method": "dense", "config": "full"}
 
 
 @dataclass(frozen=True)
@@ -107,17 +129,20 @@ class Bench:
 
     def rate_of(self, arm: str) -> float:
         """The best of those that were tried."""
+        if len(self.comparison.rates) == 1:
+            return self.comparison.rates[0]
         found = {rate: self._tried(arm, rate) for rate in self.comparison.rates}
         return min(found, key=found.__getitem__)
 
     def rates(self) -> dict[str, dict[str, float]]:
         """What every rate of every arm gave: nats a token on validation examples."""
-        return {arm: {f"{r:g}": self._tried(arm, r) for r in self.comparison.rates} for arm in self.comparison.arms}
+        rates = self.comparison.rates
+        return {arm: {f"{r:g}": self._tried(arm, r) for r in rates if len(rates) > 1} for arm in self.comparison.arms}
 
     def _tried(self, arm: str, rate: float) -> float:
         kept = self.out / "sweep" / f"{named(arm)}-{rate:g}.json"
         if not kept.exists():
-            folder = self._trained(arm, SWEEP_SEED, rate, f"sweep/{named(arm)}-{rate:g}")
+            folder = self._trained(arm, SWEEP_SEED, rate, f"sweep/{named(arm)}-{rate:g}")[-1]
             steps = self.comparison.steps_of(arm)[0]
             found = [self._answered(arm, folder, steps, hops, "validation") for hops in self.comparison.trained]
             nats = sum(each.figures["nll"] * each.figures["num_tokens"] for each in found)
@@ -130,39 +155,74 @@ class Bench:
         if kept.exists():
             return
         rate = self.rate_of(arm)
-        folder = self._trained(arm, seed, rate, f"{named(arm)}-{seed}")
+        folders = self._trained(arm, seed, rate, f"{named(arm)}-{seed}")
+        folder = folders[-1]
         accuracy = {
             str(steps): {str(hops): self._accuracy(arm, folder, steps, hops) for hops in self.comparison.hops}
             for steps in self.comparison.steps_of(arm)
         }
-        ledger = read_json(folder / "ledger.json")
-        costs = {name: ledger[name] for name in ("parameters_unique", "steps", "tokens", "training_flops")}
-        content = {"learning_rate": rate, "accuracy": accuracy, "ledger": costs}
+        content = {"learning_rate": rate, "accuracy": accuracy, "ledger": costs_of(folders)}
+        if self.comparison.lessons:
+            content["lessons"] = {**costs_of(self.lessons(arm, seed)), **self._learned(arm, seed)}
         write_json(kept, {**content, "environment": environment(opened(folder).backbone)})
         print("done:", kept.name, flush=True)
 
-    def _trained(self, arm: str, seed: int, rate: float, name: str) -> Path:
-        """The last checkpoint of a run, made now unless it is there."""
-        folder, model = self.runs / name, self.runs / "models" / f"{named(arm)}-{seed}"
-        fields = self.comparison.arms[arm]
+    def _trained(self, arm: str, seed: int, rate: float, name: str) -> list[Path]:
+        """The last checkpoint of each run of an arm, made now unless it is there."""
+        folders, model = [], self._begun(arm, seed)
+        for number, said in enumerate(self.comparison.runs_of(arm), start=1):
+            # An adapter or a model of a method's own has its method from the first run on.
+            method = self.comparison.training_of(arm) if number == 1 or self._is_base(arm) else {}
+            model = self._run({**said, **method, "learning_rate": rate}, model, seed, f"{name}/{number}")
+            folders.append(model)
+        return folders
+
+    def _is_base(self, arm: str) -> bool:
+        return "refiner" not in self.comparison.arms[arm]
+
+    def _begun(self, arm: str, seed: int) -> Path:
+        """What an arm begins with: a model that has had its lessons."""
+        return [self._new(arm, seed), *self.lessons(arm, seed)][-1]
+
+    def teach(self, seed: int, pool: ThreadPoolExecutor) -> None:
+        """Give the models that arms share their lessons, before any arm begins with one."""
+        models = {self.comparison.model_of(arm) for arm in self.comparison.arms}
+        list(pool.map(partial(self.lessons, seed=seed), sorted(models)))
+
+    def lessons(self, arm: str, seed: int) -> list[Path]:
+        """The last checkpoint of each lesson of an arm's model."""
+        folders, model, name = [], self._new(arm, seed), f"lessons/{named(self.comparison.model_of(arm))}-{seed}"
+        for number, lesson in enumerate(self.comparison.lessons, start=1):
+            model = self._run({**lesson, **self.comparison.training_of_base(arm)}, model, seed, f"{name}/{number}")
+            folders.append(model)
+        return folders
+
+    def _new(self, arm: str, seed: int) -> Path:
+        """An arm's model with random weights, made now unless it is there."""
+        folder = self.runs / "models" / f"{named(self.comparison.model_of(arm))}-{seed}"
         with _models:
-            if not model.exists():
-                shape = {**self.comparison.shape, **fields.get("shape", {})}
-                made = new_model(shape, new_tokenizer(self.comparison.train), seed=seed)
-                save_model(model, backbone=made.backbone, tokenizer=made.tokenizer)
-        run = {
-            **self.comparison.run,
-            **self.comparison.training_of(arm),
-            "model": str(model),
-            "data": self.comparison.data_of(arm),
-            "seed": seed,
-            "learning_rate": rate,
-            "output_dir": str(folder),
-        }
-        file = self.runs / "files" / f"{name.replace('/', '-')}.json"
-        write_json(file, run)
-        deepen("train", str(file), log=self.runs / "logs" / f"{name.replace('/', '-')}.log", threads=1)
-        return last_checkpoint(folder)
+            if not folder.exists():
+                made = new_model(self.comparison.shape_of(arm), new_tokenizer(self.comparison.train), seed=seed)
+                save_model(folder, backbone=made.backbone, tokenizer=made.tokenizer)
+        return folder
+
+    def _run(self, said: Mapping[str, Any], model: Path, seed: int, name: str) -> Path:
+        """The last checkpoint of a run, made now unless it is there."""
+        folder, plain = self.runs / name, name.replace("/", "-")
+        run = {**self.comparison.run, **said, "model": str(model), "seed": seed, "output_dir": str(folder)}
+        done = folder / f"step_{run['num_steps']}"
+        if not done.exists():
+            file = self.runs / "files" / f"{plain}.json"
+            write_json(file, run)
+            deepen("train", str(file), log=self.runs / "logs" / f"{plain}.log", threads=1)
+        return done
+
+    def _learned(self, arm: str, seed: int) -> dict[str, float]:
+        """What a model answers right after its lessons, of the last of them."""
+        data = self.comparison.lessons[-1]["data"]
+        found = self._measured(opened(self._begun(arm, seed)), data, "test")
+        (line,) = by_difficulty(found.documents, data) or ()
+        return {"accuracy": line.token_accuracy}
 
     def _accuracy(self, arm: str, folder: Path, steps: int | str | None, hops: int) -> float:
         """The share of test answers of which every token is right."""
@@ -172,10 +232,11 @@ class Bench:
 
     def _answered(self, arm: str, folder: Path, steps: int | str | None, hops: int, split: Split) -> Measured:
         overrides = {} if steps is None else {"trm_T": hops if steps == ORACLE else steps}
-        made = opened(folder, overrides)
+        return self._measured(opened(folder, overrides), self.comparison.asked_of(arm, hops), split)
+
+    def _measured(self, made: Opened, data: str, split: Split) -> Measured:
         score = made.model.score if made.model is not None else partial(score_at_once, made.backbone)
-        documents = documents_of(self.comparison.asked_of(arm, hops), split)
-        rows = list(measured_rows(documents, made.tokenizer, max_length=10**6, max_tokens=10**9))
+        rows = list(measured_rows(documents_of(data, split), made.tokenizer, max_length=10**6, max_tokens=10**9))
         batches = [measured_batch(rows[start : start + BATCH_SIZE]) for start in range(0, len(rows), BATCH_SIZE)]
         return measure(score, batches, tokenizer=made.tokenizer, first_scored=1)
 
@@ -216,6 +277,13 @@ def opened(folder: Path, overrides: Mapping[str, Any] | None = None) -> Opened:
         return open_model(str(folder), overrides=overrides)
 
 
+def costs_of(folders: Iterable[Path]) -> dict[str, float]:
+    """What runs one after the other have cost."""
+    ledgers = [read_json(folder / "ledger.json") for folder in folders]
+    costs = {name: sum(each[name] for each in ledgers) for name in ("steps", "tokens", "training_flops")}
+    return {"parameters_unique": ledgers[-1]["parameters_unique"], **costs}
+
+
 def named(arm: str) -> str:
     """An arm in a file's name."""
     return arm.replace(",", "").replace(" ", "-")
@@ -237,10 +305,12 @@ def main() -> None:
     comparison = Comparison.from_file(HERE / "hops" / f"{options.name}.json")
     bench = Bench(comparison, Path(options.runs) / options.name, Path(options.out) / options.name)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(bench.rate_of, comparison.arms))
-        list(
-            pool.map(lambda each: bench.finish(*each), ((arm, s) for s in comparison.seeds for arm in comparison.arms))
-        )
+        if len(comparison.rates) > 1:
+            bench.teach(SWEEP_SEED, pool)
+            list(pool.map(bench.rate_of, comparison.arms))
+        for seed in comparison.seeds:
+            bench.teach(seed, pool)
+            list(pool.map(partial(bench.finish, seed=seed), comparison.arms))
     summary = bench.summary()
     write_json(bench.out / "summary.json", summary)
     print(json.dumps(summary, indent=2))

@@ -13,7 +13,7 @@ def test_a_model_is_made_trained_and_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
     out = said(capsys, f"new small.json --tokenizer task:pointer --data {TASK} --out m")
-    assert "133 (task:pointer)" in out and f"--data {TASK}" in out
+    assert "134 (task:pointer)" in out and f"--data {TASK}" in out
     run = {"data": TASK, "num_steps": 2, "max_length": 64, "batch_size": 4, "eval_interval": 2, "num_samples": 1}
     run |= {"model": "m", "method": "dense", "config": "full", "output_dir": "r", "save_interval": 2}
     (tmp_path / "run.json").write_text(json.dumps(run | {"sample_tokens": 1}))

@@ -94,6 +94,40 @@ class TestAnswers:
             *before, hops, mark = one.prompt
             assert other.prompt == (*before, mark) and hops == str(one.difficulty)
 
+    @given(st.integers(8, 20), st.data())
+    def test_many_pointer_questions_stand_behind_one_table(self, nodes, data):
+        names, questions = data.draw(st.sampled_from((0, nodes, 31))), data.draw(st.integers(1, nodes))
+        told, order = data.draw(st.integers(0, 1)), data.draw(st.sampled_from(("any", "ahead")))
+        settings = f"names={names},questions={questions},hops=2-5,hops_told={told},order={order},seed=3"
+        address = f"task:pointer,nodes={nodes},{settings}"
+        example = read_task(address).example("train", data.draw(st.integers(0, 10**6)))
+        lines, asked = example.prompt[:-2], [(example.prompt[-2:], example.answer), *example.further]
+        table = dict(zip(lines[1::3], lines[2::3], strict=True))
+        assert set(lines[::3]) == {"="} and len(table) == nodes and sorted(table) == sorted(table.values())
+        assert set(table) <= {f"n{node}" for node in range(names or nodes)}
+        assert len({start for (_, start), _ in asked}) == len(asked) == questions
+        for (mark, start), (answer,) in asked:
+            assert mark == (str(example.difficulty) if told else "?")
+            assert answer == led(table, start, example.difficulty)
+
+    def test_lines_ahead_lead_to_later_ones_but_for_one_of_each_circle(self):
+        for example in some("task:pointer,nodes=12,names=30,questions=1,order=ahead", count=40):
+            nodes = example.prompt[1:-2:3]
+            table = dict(zip(nodes, example.prompt[2:-2:3], strict=True))
+            place = {node: number for number, node in enumerate(nodes)}
+            back = sum(place[table[node]] <= place[node] for node in nodes)
+            circles = {frozenset(led(table, node, hops) for hops in range(12)) for node in nodes}
+            assert back == len(circles)
+
+    def test_lines_ahead_of_several_circles_take_turns(self):
+        """Else the next line would tell where a line leads."""
+        follow = []
+        for example in some("task:pointer,nodes=12,questions=1,order=ahead", count=200):
+            nodes, ends = example.prompt[1:-2:3], example.prompt[2:-2:3]
+            follow += [there == here for there, here in zip(ends, nodes[1:], strict=False)]
+        # One circle behind the other, four in five would.
+        assert np.mean(follow) < 0.6
+
     def test_difficulty_is_what_there_is_to_do(self):
         found = {name: some(f"task:{name}", count=20) for name in TASKS}
         for name in ("pointer", "phop", "map"):
@@ -126,6 +160,11 @@ class TestAnswers:
         small, large = some("task:maze,size=3", count=5), some("task:maze,size=9", count=5)
         assert max(len(each.prompt) for each in small) < min(len(each.prompt) for each in large)
         assert read_task("task:maze,size=3").vocabulary() == read_task("task:maze,size=9").vocabulary()
+
+
+def led(table: dict[str, str], node: str, hops: int) -> str:
+    """Where so many hops lead."""
+    return node if hops == 0 else led(table, table[node], hops - 1)
 
 
 def content(name: str, prompt: tuple[str, ...]) -> str:
@@ -200,6 +239,16 @@ class TestSplits:
                 record.fields for record in every if split_of_record(record) == split
             ]
             assert len(asked_for) == (6 if split == "train" else 3)
+
+    def test_a_table_is_in_one_split_however_it_is_asked_about(self):
+        """Of eight nodes; other words for them make another table."""
+        plain = {
+            content("pointer", each.prompt): split for split in SPLITS for each in some("task:pointer,nodes=8", split)
+        }
+        for split in SPLITS:
+            for example in some("task:pointer,nodes=8,names=8,questions=2,order=ahead,seed=5", split):
+                lines = example.prompt[:-2]
+                assert plain.get(str(sorted(zip(lines[1::3], lines[2::3], strict=True))), split) == split
 
     def test_held_out_instances_of_a_map_come_once(self):
         tested = [example.prompt for example in examples("task:map,nodes=64", "test")]
@@ -387,6 +436,9 @@ class TestAddresses:
             ("task:pointer,nodes=7", "nodes must be within 8-64, not 7"),
             ("task:pointer,nodes=8-16", 'nodes must be an integer, not "8-16"'),
             ("task:pointer,examples=0", "examples must be within 1-10000000, not 0"),
+            ("task:pointer,questions=33", "questions must be within 0-32, not 33"),
+            ("task:pointer,names=31", "names must be within 32-64, not 31"),
+            ("task:pointer,order=behind", "order"),
             ("task:pointer,hops_told=2", "hops_told must be within 0-1, not 2"),
             ("task:map,hops_told=2", "hops_told must be within 0-1, not 2"),
             ("task:phop,length=32", "length must be at least 64, twice what 8 hops over 4 symbols go back"),
@@ -483,6 +535,22 @@ class TestRecords:
         batch = cut_rows(corpus, max_length=128, cut="document").batch(list(range(9)))
         expected = [example.difficulty for example in examples(address, "train")]
         assert batch.difficulty is not None and batch.difficulty[:, 0].tolist() == expected
+
+    def test_answers_to_further_questions_are_learned_too_and_no_question_is(self):
+        address = "task:pointer,examples=5,questions=4"
+        tokenizer = new_tokenizer("task:pointer")
+        corpus = TokenCorpus.of(map(document_of, records_of(address, "train")), tokenizer)
+        batch = cut_rows(corpus, max_length=256, cut="document").batch(list(range(5)))
+        for row, example in enumerate(examples(address, "train")):
+            words = [
+                *example.prompt,
+                *example.answer,
+                *(word for pair in example.further for part in pair for word in part),
+            ]
+            assert tokenizer.convert_ids_to_tokens(batch.input_ids[row].tolist()) == words
+            predicted = batch.input_ids[row, 1:][batch.predicted()[row]].tolist()
+            answers = [*example.answer, *(word for _, answer in example.further for word in answer)]
+            assert tokenizer.convert_ids_to_tokens(predicted) == answers and len(answers) == 4
 
     def test_another_tokenizer_is_refused(self):
         documents = map(document_of, records_of("task:pointer", "train"))

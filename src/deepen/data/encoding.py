@@ -62,7 +62,8 @@ def encode(document: Document, tokenizer: ChatEncoder) -> Encoded:
         return Encoded(((), tuple(with_end(token_ids(document.text, tokenizer), tokenizer))))
     if isinstance(document, Tokens):
         _require_own(document, tokenizer)
-        return Encoded((document.prompt, document.response))
+        further = [part for pair in document.further for part in pair]
+        return Encoded((document.prompt, document.response, *further))
     _require_plain(document, tokenizer)
     return Encoded(tuple(tuple(_ids(part, tokenizer)) for part in _turns(document, tokenizer)))
 

@@ -8,7 +8,7 @@
 | question | `question`, `answer` | user, assistant |
 | prompt | `prompt`, `response` | user, assistant |
 | asked | `prompt`, and no field of another format | user: a prompt without an answer, for a model to give one |
-| tokens | `prompt_ids`, `response_ids`, and `tokenizer`, the digest of theirs | these ids, as they are |
+| tokens | `prompt_ids`, `response_ids`, `tokenizer` (the digest of theirs), maybe `further_ids` | these ids |
 
 A record has the fields of exactly one format; others beside them (an id, a source) are no matter, but for
 `difficulty` beside what is asked and answered: a whole number from 1 on says how hard that is. A record that fits
@@ -54,13 +54,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What was asked and what was answered, as ids of the tokenizer with this digest; the answer's are learned."""
+    """What was asked and what was answered, as ids of the tokenizer with this digest; the answer's are learned.
+
+    `further` is what was asked and answered behind that.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     tokenizer: str
     place: str = ""
     difficulty: int | None = None
+    further: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,22 @@ def _asked(record: Record) -> Document:
 
 def _tokens(record: Record) -> Document:
     return Tokens(
-        _token_ids(record, "prompt_ids"), _token_ids(record, "response_ids"), record.text("tokenizer"), record.place
+        _token_ids(record, "prompt_ids", record.fields["prompt_ids"]),
+        _token_ids(record, "response_ids", record.fields["response_ids"]),
+        record.text("tokenizer"),
+        record.place,
+        further=_further_ids(record),
     )
 
 
-def _token_ids(record: Record, name: str) -> tuple[int, ...]:
-    given = record.fields[name]
+def _further_ids(record: Record) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    name, given = "further_ids", record.fields.get("further_ids", [])
+    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        raise DeepenError(f'{record.place}: "{name}" must be a list of pairs, each of what is asked and answered')
+    return tuple((_token_ids(record, name, asked), _token_ids(record, name, answered)) for asked, answered in given)
+
+
+def _token_ids(record: Record, name: str, given: Any) -> tuple[int, ...]:
     if not isinstance(given, list) or not given:
         raise DeepenError(f'{record.place}: "{name}" must be a list of at least one token id')
     for token in given:

@@ -74,11 +74,16 @@ def task_records(address: str, split: Split) -> Iterator[Record]:
     task = read_task(address)
     words = task.vocabulary()
     ids, digest = words.get_vocab(), words.digest
+
+    def ids_of(told: tuple[str, ...]) -> list[int]:
+        return [ids[word] for word in told]
+
     return (
         Record(
             {
-                "prompt_ids": [ids[word] for word in example.prompt],
-                "response_ids": [ids[word] for word in example.answer],
+                "prompt_ids": ids_of(example.prompt),
+                "response_ids": ids_of(example.answer),
+                **({"further_ids": [list(map(ids_of, pair)) for pair in example.further]} if example.further else {}),
                 "tokenizer": digest,
                 "task": task.name,
                 "difficulty": example.difficulty,

@@ -32,12 +32,14 @@ class Example:
     """A prompt and its only right answer, in words of the task's vocabulary.
 
     `difficulty` is the number of steps that lead there, as the task counts them; `instance` what no two splits share.
+    `further` is what is asked and answered behind that, as difficult each.
     """
 
     prompt: tuple[str, ...]
     answer: tuple[str, ...]
     difficulty: int
     instance: str
+    further: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
