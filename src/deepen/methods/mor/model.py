@@ -175,7 +175,8 @@ class RecursiveLayer(LlamaDecoderLayer):
         num_makers = None if attended.given is not None else len(hidden_states)
         made: tuple[Entries, Entries] | None = None
 
-        def attend(queries: Tensor, new: Entries | None) -> Tensor:
+        # Quoted: a compiler that traces this would evaluate it.
+        def attend(queries: Tensor, new: "Entries | None") -> Tensor:
             nonlocal made
             made = None if new is None else attended.merged(new)
             seen = made[1] if made is not None else attended.given
