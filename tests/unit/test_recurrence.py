@@ -281,7 +281,7 @@ def test_what_a_cache_refuses_it_says() -> None:
     cache.commit([4, 4])
     with pytest.raises(RollbackError, match=r"call PrefixCache\.begin"):
         base.model(rows, past_key_values=cache)
-    with pytest.raises(RollbackError, match="changed by commit, rollback and keep_rows only"):
+    with pytest.raises(RollbackError, match="changed by commit, rollback, join and keep_rows only"):
         cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.get_seq_length() == 11
 

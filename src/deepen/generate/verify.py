@@ -174,6 +174,10 @@ def check_prompt(backbone: Backbone, prompt: Prompt) -> None:
     if prompt.max_new_tokens < 0:
         raise PromptError(f"max_new_tokens is {prompt.max_new_tokens}; it must be 0 or more")
     context = backbone.context_length
+    if context is not None and prompt.capacity is not None and prompt.capacity > context:
+        raise PromptError(
+            f"capacity is {prompt.capacity}, but this model's context is {context}; lower capacity to that"
+        )
     for index, row in enumerate(prompt.rows):
         if not row:
             raise PromptError(f"prompt {index} is empty; give at least one token (a beginning-of-sequence id will do)")
