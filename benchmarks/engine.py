@@ -11,6 +11,8 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -87,6 +89,42 @@ def exits(arms: list[Arm], asked: list[Request], slots: int) -> list[dict[str, A
     return found
 
 
+@torch.no_grad()
+def layer_seconds(each: Arm, num_tokens: int) -> float:
+    """One layer over so many tokens, but for its attention: the median of many."""
+    model = each.decoder.base.model
+    hidden = torch.randn(num_tokens, model.config.hidden_size)
+    cos, sin = model.rotary_emb(hidden, torch.arange(num_tokens)[None])
+    seconds = []
+    for _ in range(60):
+        for layer in model.layers[1:5]:  # others than the one before, so that weights come from memory
+            began = perf_counter()
+            layer.run_with(hidden, (cos[0], sin[0]), num_tokens, lambda queries, made: queries)
+            seconds.append(perf_counter() - began)
+    return median(seconds)
+
+
+def by_call(arms: list[Arm], asked: list[Request], slots: int) -> dict[str, Any]:
+    """How many times as fast each model's recursions would be if a call took what a layer takes for as many tokens.
+
+    What is less than the ideal here no engine can give back: a layer over few tokens costs nearly what it does over
+    more.
+    """
+    calls = {each.name: answer(each, asked[:slots], slots=slots).statistics.calls for each in arms}
+    sizes = sorted({size for counter in calls.values() for size in counter})
+    price = {size: layer_seconds(arms[0], size) for size in sizes}
+    seconds = {}
+    for each in arms:
+        recursion = each.decoder.depth_layout().recursions[0]
+        seconds[each.name] = len(recursion) * sum(price[size] * times for size, times in calls[each.name].items())
+    usual = [size for size in (1, 2, 4, 8, 16, 32) if size in price]
+    return {
+        "slots": slots,
+        "layer_ms": {str(size): round(1e3 * price[size], 3) for size in usual},
+        "ratio_of_calls": {name: seconds[arms[0].name] / each for name, each in seconds.items()},
+    }
+
+
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +153,8 @@ def main() -> None:
     asked = requests(max(*given.slots, given.load_requests), new_tokens=given.new_tokens)
     figures = measure(options, arms, asked)
     figures["exits"] = exits(arms, asked, max(given.slots))
-    print(json.dumps(figures["exits"], indent=1))
+    figures["by_call"] = [by_call(arms, asked, slots) for slots in given.slots]
+    print(json.dumps({name: figures[name] for name in ("exits", "by_call")}, indent=1))
     content = {"command": command(given), "environment": environment(arms[0].backbone), **figures}
     write_json(Path(given.out) / f"{given.size}-{given.kv}.json", content)
 
