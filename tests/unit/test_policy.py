@@ -271,6 +271,44 @@ class TestChoice:
         assert (len(strong.draft.tokens), strong.num_slots) == (MOST, 0)
         assert (weak.draft, weak.num_slots > 0) == (NO_DRAFT, True)
 
+    @given(
+        steps=st.lists(st.floats(0.0, 0.5), min_size=16, max_size=16),
+        rights=rights,
+        evidences=st.lists(st.sampled_from((0, *EVIDENCE)), min_size=2, max_size=6),
+    )
+    def test_rows_together_bring_as_much_as_at_any_common_width(
+        self, steps: list[float], rights: dict[int, float], evidences: list[int]
+    ) -> None:
+        """Of the widths that rows would choose alone, and where a wider pass never costs less."""
+        policy = trained(lambda width: 1 + sum(steps[: max(0, width - 1)]), rights)
+        offers = [Offer(copied(evidence)) for evidence in evidences]
+        alone = [policy.choose([offer])[0].draft for offer in offers]
+        together = [choice.draft for choice in policy.choose(offers)]
+
+        def brought(drafts: list[Draft]) -> float:
+            price = policy.price.relative(1 + max(len(draft.tokens) for draft in drafts))
+            expected = [rate(policy, "lookup", draft.evidence, len(draft.tokens), 1.0, 1) for draft in drafts]
+            return sum(expected) / price
+
+        cuts = {0, *(len(draft.tokens) for draft in alone)}
+        assert brought(together) >= max(brought([draft.shortened(cut) for draft in alone]) for cut in cuts) - 1e-9
+
+    def test_one_row_s_copy_is_not_paid_by_many(self) -> None:
+        """Alone it is worth its price; beside seven rows without any it isn't."""
+        policy = trained(line(0.15), {16: 0.99})
+        busy, idle = Offer(copied(16)), Offer()
+        assert len(policy.choose([busy])[0].draft.tokens) > 0
+        assert all(choice == Choice() for choice in policy.choose([busy, *[idle] * 7]))
+        assert all(len(choice.draft.tokens) > 0 for choice in policy.choose([busy] * 8))
+
+    def test_prices_stand_while_a_few_rows_leave(self) -> None:
+        policy = DraftPolicy()
+        for num_rows, seconds in ((32, 0.04), (31, 0.04), (24, 0.04)):
+            policy.observe([Offer()] * num_rows, [Choice()] * num_rows, [RowAdvance((5,))] * num_rows, seconds)
+            assert policy.price.seconds(1) == seconds
+        policy.observe([Offer()] * 23, [Choice()] * 23, [RowAdvance((5,))] * 23, 0.01)
+        assert policy.price.seconds(1) == 0.01
+
     def test_rows_that_are_idle_probe_together(self) -> None:
         policy = DraftPolicy()
         for _ in range(60):

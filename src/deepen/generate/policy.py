@@ -19,6 +19,9 @@ more than it costs, and otherwise now and then, as slots are; a draft ends where
 What a pass predicts behind a rejected token ("jacobi") is no further source: it was measured to commit 1.07 tokens a
 pass of 8 positions (benchmarks/results/stages/jacobi), which costs 1.12 times a pass of one (results/decoding.json).
 
+Rows that share a pass share its width: what its widest row takes is computed for all of them. So no row takes more than
+pays for all together.
+
 Chances and prices are measured while decoding runs. None of this can change the output: a pass commits only what the
 base emits.
 """
@@ -40,6 +43,8 @@ _FURTHER_POSITION = 0.02
 # all but sure should be tried.
 _UNTIMED = 2.0
 _RECENT = 8
+# Passes over numbers of rows of which one is this share of the other, at least, are taken to cost alike.
+_ALIKE = 0.75
 
 
 class PassPrice:
@@ -178,6 +183,12 @@ class Choice:
         """Positions of the pass that this takes."""
         return 1 + len(self.draft.tokens) + self.num_slots
 
+    def within(self, width: int) -> "Choice":
+        """As much of it as a pass of `width` has room for: a shorter draft, but no fewer slots than it wants."""
+        if self.width <= width:
+            return self
+        return Choice() if self.num_slots else Choice(self.draft.shortened(width - 1))
+
 
 class DraftPolicy:
     """Chooses sources and widths for one decoding from what its passes cost and how many tokens were accepted."""
@@ -200,9 +211,38 @@ class DraftPolicy:
 
     def choose(self, offers: Sequence[Offer]) -> list[Choice]:
         """What each row should do in the next pass."""
-        choices = [self._best(offer) for offer in offers]
+        choices = self._together([self._best(offer) for offer in offers])
         probes = self._probes(offers, choices)
         return [probes.get(row, choice) for row, choice in enumerate(choices)]
+
+    def _together(self, choices: Sequence[Choice]) -> list[Choice]:
+        """No wider than pays for all rows together: what the widest row takes is computed for each of them."""
+        widths = sorted({1, *(choice.width for choice in choices)})
+        best, best_rate = 1, float(len(choices))
+        for width in widths[1:]:
+            brought = sum(self._brings(choice, width) for choice in choices)
+            with_slots = any(choice.num_slots for choice in choices if choice.width <= width)
+            rate = brought / (self._price_with_slots(width) if with_slots else self.price.relative(width))
+            if rate > best_rate:
+                best, best_rate = width, rate
+        return [choice.within(best) for choice in choices]
+
+    def _brings(self, choice: Choice, width: int) -> float:
+        """Tokens expected of a row's choice in a pass of `width`; slots are worth what they bring for their price."""
+        cut = choice.within(width)
+        if not cut.num_slots:
+            return self._rate(self._chances(cut.draft), 1.0, sure=1)
+        chances = [self.acceptance["mask"].chance(number) for number in range(cut.num_slots)]
+        rate = self._rate(chances, self._price_of_both(cut.width), sure=2)
+        return rate * self._price_with_slots(cut.width)
+
+    @staticmethod
+    def _rate(chances: Sequence[float], price: float, *, sure: int) -> float:
+        expected, reached = float(sure), 1.0
+        for chance in chances:
+            reached *= chance
+            expected += reached
+        return expected / price
 
     def ask(self, copies: Sequence[Draft], most: Sequence[int]) -> list[int]:
         """How many tokens a drafter should draft of each row, at most; `most` is what there is room for.
@@ -252,8 +292,8 @@ class DraftPolicy:
         What a row committed tells about its drafts even where they were not verified, so that a text that begins to
         repeat itself, or slots that begin to be right, are noticed at no cost.
         """
-        if len(gained) != self._num_rows:
-            # A pass over more or fewer rows has another price at each width.
+        if not _ALIKE * self._num_rows <= len(gained) <= self._num_rows / _ALIKE:
+            # A pass over many more or fewer rows has another price at each width.
             self.price, self._slot_price, self._num_rows = PassPrice(), PassPrice(), len(gained)
             self._outlook.forget_prices()
         self._allowance += _PROBE_SHARE
