@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from task_solvers import SOLVERS, filled, phop
@@ -440,6 +441,8 @@ class TestAddresses:
             ("task:pointer,names=31", "names must be within 32-64, not 31"),
             ("task:pointer,order=behind", "order"),
             ("task:pointer,hops_told=2", "hops_told must be within 0-1, not 2"),
+            ("task:pointer,questions=1,marks_learned=2", "marks_learned must be within 0-1, not 2"),
+            ("task:pointer,marks_learned=1", "marks_learned 1 is for tables in threes; set questions to 1 or more"),
             ("task:map,hops_told=2", "hops_told must be within 0-1, not 2"),
             ("task:phop,length=32", "length must be at least 64, twice what 8 hops over 4 symbols go back"),
             ("task:phop,symbols=2", "symbols must be within 3-26, not 2"),
@@ -551,6 +554,27 @@ class TestRecords:
             predicted = batch.input_ids[row, 1:][batch.predicted()[row]].tolist()
             answers = [*example.answer, *(word for _, answer in example.further for word in answer)]
             assert tokenizer.convert_ids_to_tokens(predicted) == answers and len(answers) == 4
+
+    @pytest.mark.parametrize("told", [0, 1])
+    def test_marks_behind_lines_are_learned_in_training_alone_and_change_no_word(self, told):
+        plain = f"task:pointer,nodes=8,questions=4,hops_told={told}"
+        tokenizer = new_tokenizer("task:pointer")
+        for split in SPLITS:
+            one, other = (
+                cut_rows(
+                    TokenCorpus.of(map(document_of, records_of(f"{each},examples=5,held_out=5", split)), tokenizer),
+                    max_length=256,
+                    cut="document",
+                ).batch(list(range(5)))
+                for each in (plain, f"{plain},marks_learned=1")
+            )
+            assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.difficulty, other.difficulty)
+            added = other.predicted() & ~one.predicted()
+            assert not (one.predicted() & ~other.predicted()).any()
+            expected = torch.zeros_like(added)
+            # Predicted at token t is t + 1; the first line's mark is the first token, which nothing says.
+            expected[:, 2 : 3 * 8 : 3] = split == "train"
+            assert torch.equal(added, expected)
 
     def test_another_tokenizer_is_refused(self):
         documents = map(document_of, records_of("task:pointer", "train"))

@@ -16,7 +16,9 @@ Bare pairs are harder for it, as a node stands in two of them, and nothing but i
 
 Of lines in any order, half stand behind the one that they lead to, and who reads such a line can look up at once where
 the next hop leads: two hops are then one. With `order=ahead` no line stands behind the one that it leads to, but for
-one of each circle, so that hops have to be made after the question.
+one of each circle, so that hops have to be made after the question. Who has learned to answer single hops looks up at
+that one, too. With `marks_learned=1` training asks at the end of every line for the mark behind it, which is no
+node; what is asked in validation and test stays the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,6 +51,8 @@ class Pointer(DrawnTask):
     names: int = 0
     # Of the table's lines. "ahead": none behind the one that it leads to, where that can be; else all are as likely.
     order: Literal["any", "ahead"] = "any"
+    # In training, marks behind the table's lines beside the answers.
+    marks_learned: int = 0
 
     def validate(self) -> list[str]:
         """Nodes or hops for which there are no words, too few tables to divide among splits, a start asked twice."""
@@ -58,8 +62,15 @@ class Pointer(DrawnTask):
             *outside("hops", self.hops, (1, MOST_COUNTED)),
             *outside("hops_told", self.hops_told, (0, 1)),
             *outside("questions", self.questions, (0, self.nodes)),
+            *outside("marks_learned", self.marks_learned, (0, 1)),
+            *self._marks_of_none(),
             *(outside("names", self.names, (self.nodes, MOST_NODES)) if self.names else []),
         ]
+
+    def _marks_of_none(self) -> list[str]:
+        if not self.marks_learned or self.questions:
+            return []
+        return [f"marks_learned {self.marks_learned} is for tables in threes; set questions to 1 or more"]
 
     def draw(self, draws: Draws, split: Split) -> Example | None:
         """A table, and what is asked about it."""
@@ -71,7 +82,8 @@ class Pointer(DrawnTask):
         if split_of_instance(instance) != split:
             return None
         if self.questions:
-            return self._in_threes(draws, table, instance)
+            learn_marks = bool(self.marks_learned) and split == "train"
+            return self._in_threes(draws, table, instance, learn_marks=learn_marks)
         start, hops = draws.choice(nodes), draws.between(self.hops)
         pairs = [f"n{each}" for node in self._ordered(draws, table) for each in (node, table[node])]
         told = (str(hops),) * self.hops_told
@@ -84,8 +96,8 @@ class Pointer(DrawnTask):
         """
         return sum(difficulty % length == 0 for length in range(1, self.nodes + 1)) / self.nodes
 
-    def _in_threes(self, draws: Draws, table: Mapping[int, int], instance: str) -> Example:
-        lines = [word for node in self._ordered(draws, table) for word in (ANSWER, f"n{node}", f"n{table[node]}")]
+    def _in_threes(self, draws: Draws, table: Mapping[int, int], instance: str, *, learn_marks: bool) -> Example:
+        lines = [(f"n{node}", f"n{table[node]}") for node in self._ordered(draws, table)]
         hops = draws.between(self.hops)
         mark = str(hops) if self.hops_told else UNTOLD
         first, *further = (
@@ -93,7 +105,12 @@ class Pointer(DrawnTask):
             for start in draws.shuffled(list(table))[: self.questions]
         )
         asked, answer = first
-        return Example((*lines, *asked), answer, hops, instance, tuple(further))
+        if not learn_marks:
+            words = [word for line in lines for word in (ANSWER, *line)]
+            return Example((*words, *asked), answer, hops, instance, tuple(further))
+        behind = [*[(ANSWER,)] * (len(lines) - 1), (mark,)]
+        (line, its_mark), *others = zip(lines, behind, strict=True)
+        return Example((ANSWER, *line), its_mark, hops, instance, (*others, (asked[1:], answer), *further))
 
     def _ordered(self, draws: Draws, table: Mapping[int, int]) -> list[int]:
         """The nodes whose lines come one after the other."""
