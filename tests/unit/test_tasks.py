@@ -494,11 +494,12 @@ class TestDocs:
     PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 
     def test_examples_shown_are_the_first_of_their_address(self):
-        shown = re.findall(r"^    (task:\S+)\n    (.+) {4}(.+)$", self.PAGE, re.MULTILINE)
-        assert {address.split(",")[0] for address, _, _ in shown} == set(ADDRESSES)
-        for address, prompt, answer in shown:
+        shown = re.findall(r"^    (task:\S+)\n    (.+ {4}.+)$", self.PAGE, re.MULTILINE)
+        assert {address.split(",")[0] for address, _ in shown} == set(ADDRESSES)
+        for address, line in shown:
             first = next(examples(address, "train"))
-            assert (prompt, answer) == (" ".join(first.prompt), " ".join(first.answer))
+            asked = [(first.prompt, first.answer), *first.further]
+            assert line == "    ".join(" ".join(part) for pair in asked for part in pair)
 
     def test_settings_shown_are_the_defaults(self):
         for name, settings in re.findall(r"^\| `(\w+)` \| (.+?) \|", self.PAGE, re.MULTILINE):
