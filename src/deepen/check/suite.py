@@ -1,7 +1,8 @@
 """All checks, in the order in which they stand on each other, and how they are run.
 
-A check is only judged when those it needs have passed: that a cache gives what the whole text gives means nothing
-where the whole text is read with an eye on the future. So one fault makes one check fail, the one that is about it.
+A check is only judged when none of those it needs has failed: that a cache gives what the whole text gives means
+nothing where the whole text is read with an eye on the future. So one fault mostly makes one check fail, the one that
+is about it, or two that don't need each other: a wrong cache slot shows in the model's own cache and in deepen's.
 """
 
 import sys
