@@ -163,6 +163,16 @@ class TestSteps:
         with pytest.raises(DeepenError, match=r'the loss "size" is per sequence, but .* count\(\) gives token'):
             run(model, [batch_of(ROWS)], num_steps=1)
 
+    def test_a_loss_that_weighs_otherwise_in_one_part_is_told(self):
+        class Weighs(Bigram):
+            def train_step(self, batch, carry, progress):
+                output = super().train_step(batch, carry, progress)
+                size = replace(output.losses["size"], weight=float(len(batch.lengths)))
+                return replace(output, losses={**output.losses, "size": size})
+
+        with pytest.raises(DeepenError, match=r'the loss "size" has weight 1.0 .* weight 2.0'):
+            run(Weighs(), [batch_of(ROWS[:3])], num_steps=1, num_micro_batches=2)
+
     def test_a_unit_that_a_batch_lacks_adds_nothing(self):
         model = Bigram()
         (report,) = run(model, [batch_of([[1], [2]])], num_steps=1)

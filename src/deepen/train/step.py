@@ -153,6 +153,7 @@ class _Sums:
     def add(self, output: StepOutput, work: Work) -> None:
         for name, term in output.losses.items():
             self._add(f"loss {name}", term.total)
+            self._require_same_weight(name, term)
             self.units[name], self.weights[name] = term.unit, term.weight
         for name, mean in output.metrics.items():
             self._add(f"total {name}", mean.total)
@@ -161,6 +162,15 @@ class _Sums:
             held = self.statistics.get(name)
             self.statistics[name] = statistic.detach() if held is None else held + statistic.detach()
         self.work += work
+
+    def _require_same_weight(self, name: str, term: LossTerm) -> None:
+        """A loss that weighed otherwise in one part would depend on how the step is divided."""
+        weight = self.weights.get(name, term.weight)
+        if term.weight != weight:
+            raise DeepenError(
+                f'the loss "{name}" has weight {term.weight} in one micro-batch of a step and weight {weight} in those '
+                "before; the method must give it one weight, also where nothing counts"
+            )
 
     def _add(self, name: str, value: Tensor | float) -> None:
         tensor = torch.as_tensor(value).detach()

@@ -19,6 +19,8 @@ from deepen.methods.chunk.config import RecursiveConfig
 RANDOM_TOKEN_SHARE = 0.2
 """Of corrupted positions without the model's own draft: those that get a random token; the others are slots."""
 
+_MANY_SEEDS = 2**62
+
 # What a corrupted position gets.
 CLEAN, SLOT, RANDOM, OWN_DRAFT = range(4)
 
@@ -39,6 +41,8 @@ class ChunkBatch(Batch):
     corruptions: Int[Tensor, "B N W"] | None = None
     """What it gets then: CLEAN, SLOT, RANDOM or OWN_DRAFT."""
     random_ids: Int[Tensor, "B N W"] | None = None
+    noise_seeds: Int[Tensor, "B N"] | None = None
+    """Of each chunk's soft tokens; None without such."""
 
     @property
     def num_chunks(self) -> int:
@@ -143,6 +147,8 @@ def draw_rows(
     given = {**vars(batch), "anchors": anchors, "sizes": sizes}
     if config.commit_mode == "refined":
         given |= _corruption(sizes, config, progress, vocab_size=vocab_size)
+    if config.use_soft_tokens:
+        given["noise_seeds"] = torch.randint(_MANY_SEEDS, sizes.shape)
     return ChunkBatch(**given)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deepen.backbones.hf import Backbone
 from deepen.core.errors import CannotTrain, DeepenError
-from deepen.core.types import Batch, LossTerm, Mean, Progress, StepOutput, Unit
+from deepen.core.types import Batch, Mean, Progress, StepOutput, Unit
 from deepen.methods.chunk import training_exact, training_refined
 from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.passes import Sidecar
@@ -127,12 +127,13 @@ def _step_of(config: RecursiveConfig) -> Callable[[Backbone, Sidecar, RecursiveC
 
 
 def _of_no_chunk(config: RecursiveConfig, nothing: Tensor) -> StepOutput:
-    """The same names as of any step, since ranks sum them by name."""
+    """The same names, units and weights as of any step, since parts of a step are summed by name."""
     if config.commit_mode == "refined":
-        units, metrics = training_refined.units(config), training_refined.metric_names(config)
+        terms, names = training_refined.terms, training_refined.weights(config)
+        metrics = training_refined.metric_names(config)
     else:
-        units, metrics = training_exact.units(config), training_exact.metric_names(config.chunk_width)
+        terms, names = training_exact.terms, training_exact.weights(config)
+        metrics = training_exact.metric_names(config.chunk_width)
     return StepOutput(
-        losses={name: LossTerm(nothing, unit) for name, unit in units.items()},
-        metrics={name: Mean(0.0, 0.0) for name in metrics},
+        losses=terms(dict.fromkeys(names, nothing), config), metrics={name: Mean(0.0, 0.0) for name in metrics}
     )

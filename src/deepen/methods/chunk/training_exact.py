@@ -28,9 +28,15 @@ LEAST_ANCHOR = 1
 UNITS: Mapping[str, Unit] = {"distill": "token", "accept": "token"}
 
 
-def units(config: RecursiveConfig) -> Mapping[str, Unit]:
+def terms(totals: Mapping[str, Tensor], config: RecursiveConfig) -> dict[str, LossTerm]:
+    """The losses of a step from their sums."""
+    return {name: LossTerm(totals[name], UNITS[name], weight) for name, weight in weights(config).items()}
+
+
+def weights(config: RecursiveConfig) -> dict[str, float]:
     """Of the losses of a step: the shallow drafter has no boundary head to learn."""
-    return {"distill": "token"} if config.resolved_draft == "shallow" else UNITS
+    found = {"distill": config.lambda_distill}
+    return found if config.resolved_draft == "shallow" else {**found, "accept": config.lambda_distill}
 
 
 def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch) -> StepOutput:
@@ -46,10 +52,7 @@ def exact_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, ba
     advice = _advice(backbone, sidecar, said.top[:, 1:][targets])
     accept = binary_cross_entropy(advice, judged.accepted[targets], torch.ones_like(advice, dtype=torch.bool))
     return StepOutput(
-        losses={
-            "distill": LossTerm(judged.divergence(config.distill_gamma), UNITS["distill"], config.lambda_distill),
-            "accept": LossTerm(accept, UNITS["accept"], config.lambda_distill),
-        },
+        losses=terms({"distill": judged.divergence(config.distill_gamma), "accept": accept}, config),
         metrics=judged.metrics(config.chunk_width),
     )
 
@@ -68,7 +71,7 @@ def shallow_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
     ours = drafter.logits(torch.stack(states, dim=1)[targets])
     judged = _judged(ours, read.logits, drafter.ids(ours.argmax(dim=-1)) == read.said, targets)
     return StepOutput(
-        losses={"distill": LossTerm(judged.divergence(config.distill_gamma), UNITS["distill"], config.lambda_distill)},
+        losses=terms({"distill": judged.divergence(config.distill_gamma)}, config),
         metrics=judged.metrics(config.chunk_width),
     )
 

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from deepen.backbones.anchored import AnchoredPrefix, Anchors, Asked
 from deepen.backbones.hf import Backbone
+from deepen.core.seeds import seed_at
 from deepen.core.types import LossTerm, Mean, StepOutput, Unit
+from deepen.generate.random import gumbel
 from deepen.generate.sampling import BatchSampler, SamplingConfig
 from deepen.generate.verify import pad_rows
 from deepen.methods.chunk import losses
@@ -39,7 +41,7 @@ LEAST_ANCHOR = 0
 """The anchor itself is read with the prefix, so one token will do."""
 
 SOFT_TEMPERATURE = 1.0
-"""Of the Gumbel-softmax with which `use_soft_tokens` makes the tokens of the next pass."""
+"""Of the Gumbel-softmax (Jang et al. 2017) with which `use_soft_tokens` makes the tokens of the next pass."""
 
 UNITS: Mapping[str, Unit] = {
     "final_ce": "token",
@@ -48,6 +50,7 @@ UNITS: Mapping[str, Unit] = {
     "length": "chunk",
     "ponder": "chunk",
     "stability": "token",
+    "pull": "chunk",
 }
 
 PULL_WEIGHT = 0.01
@@ -58,9 +61,22 @@ _DRIFT = "chunks/ngram_drift"
 _DRIFT_TOKENS = 3
 
 
-def units(config: RecursiveConfig) -> Mapping[str, Unit]:
+def terms(totals: Mapping[str, Tensor], config: RecursiveConfig) -> dict[str, LossTerm]:
+    """The losses of a step from their sums."""
+    return {name: LossTerm(totals[name], UNITS[name], weight) for name, weight in weights(config).items()}
+
+
+def weights(config: RecursiveConfig) -> dict[str, float]:
     """Of the losses of a step."""
-    return {**UNITS, "pull": "chunk"} if config.phase == "c" else UNITS
+    found = {
+        "final_ce": config.lambda_final,
+        "masked_ce": config.lambda_masked,
+        "halt": config.lambda_halt,
+        "length": config.lambda_len,
+        "ponder": config.lambda_ponder,
+        "stability": config.lambda_stability,
+    }
+    return {**found, "pull": PULL_WEIGHT} if config.phase == "c" else found
 
 
 def metric_names(config: RecursiveConfig) -> list[str]:
@@ -71,15 +87,6 @@ def metric_names(config: RecursiveConfig) -> list[str]:
 def refined_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, batch: ChunkBatch) -> StepOutput:
     """Loss sums over a batch that has chunks."""
     step = _Step(backbone, sidecar, config, batch)
-    weights = {
-        "final_ce": config.lambda_final,
-        "masked_ce": config.lambda_masked,
-        "halt": config.lambda_halt,
-        "length": config.lambda_len,
-        "ponder": config.lambda_ponder,
-        "stability": config.lambda_stability,
-        "pull": PULL_WEIGHT,
-    }
     totals: dict[str, Tensor] = {}
     metrics: dict[str, list[Mean]] = {}
     states: States = {}
@@ -96,8 +103,7 @@ def refined_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
         # Once a chunk, as the step divides it by the number of chunks.
         totals["pull"] = batch.num_chunks * sidecar.tuned.distance()
     return StepOutput(
-        losses={name: LossTerm(totals[name], unit, weights[name]) for name, unit in units(config).items()},
-        metrics={name: _sum(means) for name, means in metrics.items()},
+        losses=terms(totals, config), metrics={name: _sum(means) for name, means in metrics.items()}
     )
 
 
@@ -219,15 +225,17 @@ class _Step:
                 for row, chunk in enumerate(drafts):
                     self._decoder.take(decoding, sampler, row, chunk, result)
             passes.append(_Pass(result, read, edited=[tuple(chunk.tokens) for chunk in drafts]))
-            embeddings = self._embedded_anew(passes[-1])
+            embeddings = self._embedded_anew(passes[-1], behind.chunks, number=number)
         return passes
 
     def _embedded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         ids = pad_rows(rows, self._backbone.device)
         return self._backbone.embedding(ids), torch.tensor([len(row) for row in rows], device=ids.device)
 
-    def _embedded_anew(self, pass_: "_Pass") -> Tensor:
-        """The next pass's input; with soft tokens an edited position is a mixture of what the pass thinks of it."""
+    def _embedded_anew(self, pass_: "_Pass", chunks: Chunks, *, number: int) -> Tensor:
+        """The input of the pass after `number`; with soft tokens an edited position is a mixture of what this pass
+        thinks of it.
+        """
         now, _ = self._embedded(pass_.edited)
         if not self._config.use_soft_tokens:
             return now
@@ -237,8 +245,22 @@ class _Step:
         if not edited.any():
             return now
         deciding = pass_.result.logits[:, : now.shape[1] - 1][edited[:, 1:]]
-        weights = F.gumbel_softmax(deciding, tau=SOFT_TEMPERATURE)
-        return now.masked_scatter(edited[..., None], (weights @ self._backbone.embedding_weight).to(now.dtype))
+        noise = self._noise(chunks, edited, deciding.shape[1], number=number)
+        shares = ((deciding + noise.to(deciding.dtype)) / SOFT_TEMPERATURE).softmax(dim=-1)
+        return now.masked_scatter(edited[..., None], (shares @ self._backbone.embedding_weight).to(now.dtype))
+
+    def _noise(self, chunks: Chunks, edited: Tensor, vocab_size: int, *, number: int) -> Tensor:
+        """`[n, V]`, of each edited position its own, whatever is edited beside it."""
+        seeds = self._batch.noise_seeds
+        assert seeds is not None, "rows for soft tokens are drawn with seeds"
+        ids = torch.arange(vocab_size, device=edited.device)
+        of_chunks = seeds[chunks.texts, chunks.numbers].tolist()
+        return torch.cat(
+            [
+                gumbel(seed_at(seed, number), places.nonzero(), ids)
+                for seed, places in zip(of_chunks, edited, strict=True)
+            ]
+        )
 
     def _scored(self, behind: "_Behind", states: Sequence[States]) -> list[Tensor]:
         """`[R]` after each pass: how surprising the given chunks are from its states; gradient through the last."""

@@ -132,7 +132,7 @@ class _Works:
         read_and_drafted = self._walk(wanted, batch.lengths.clamp(max=last)) + self._draft(chunks)
         # Where layers are tuned the base as it was drafts, too, to tell how far they have drifted.
         total = read_and_drafted * (1 if self._sidecar.tuned is None else 2)
-        first = num_passes - (config.grad_passes or num_passes)
+        first = max(0, num_passes - (config.grad_passes or num_passes))
         begins = self._at_start if self._sidecar.latent_token is not None else self._at_first_cell
         for number in range(num_passes):
             learns = number >= first
