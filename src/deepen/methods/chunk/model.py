@@ -19,7 +19,7 @@ from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone
 from deepen.backbones.recurrence import use_delta_attention
 from deepen.backbones.tuned_layers import TunedLayers
-from deepen.core.errors import CannotJoin, ConfigError, PromptError
+from deepen.core.errors import CannotJoin, CheckpointError, ConfigError, PromptError
 from deepen.core.method import Sampler
 from deepen.core.tensors import fill
 from deepen.core.types import Advance, Batch, Progress, Prompt, Score, Spent, StepOutput, Unit, Work
@@ -98,13 +98,20 @@ class ChunkRefineWrapper(nn.Module):
         if config.drafter_hidden is not None:
             self.drafter = self._new_drafter(config.drafter_hidden)
         if config.phase == "b":
-            layers = range(backbone.num_layers - math.ceil(backbone.num_layers / 3), backbone.num_layers)
-            self.lora = GatedLora(backbone, rank=config.lora_rank, alpha=2.0 * config.lora_rank, layers=layers)
+            self.lora = self._new_lora()
         if config.phase == "c":
-            self.tuned = TunedLayers(backbone, range(TUNED_EVERY - 1, backbone.num_layers, TUNED_EVERY))
+            self.tuned = self._new_tuned_layers()
         if not backbone.embedding_weight.is_meta:
             self.mask_token.initialise_from(backbone.embedding_weight)
         training.train_only_these(self._sidecar(), config)
+
+    def _new_lora(self) -> GatedLora:
+        num_layers, rank = self.backbone.num_layers, self.config.lora_rank
+        layers = range(num_layers - math.ceil(num_layers / 3), num_layers)
+        return GatedLora(self.backbone, rank=rank, alpha=2.0 * rank, layers=layers)
+
+    def _new_tuned_layers(self) -> TunedLayers:
+        return TunedLayers(self.backbone, range(TUNED_EVERY - 1, self.backbone.num_layers, TUNED_EVERY))
 
     def _new_drafter(self, hidden: int) -> ShallowDrafter:
         backbone, config = self.backbone, self.config
@@ -346,15 +353,38 @@ class ChunkRefineWrapper(nn.Module):
         """Take back a sidecar; a missing, unknown or misshapen tensor is a `CheckpointError` that names it.
 
         One of an earlier phase is gone on with: LoRA and tuned layers that it lacks stay as they were built, and change
-        nothing.
+        nothing; LoRA that it has trains on in phase c. In phase none all that it has is used.
         """
+        self._add_parts_of(state)
         own = self.saved_state()
         for part in ("lora.", "base_delta."):
-            if not any(name.startswith(part) for name in state):
+            if not _has(state, part):
                 own = {name: tensor for name, tensor in own.items() if not name.startswith(part)}
         fill(own, state, what="the sidecar's tensors don't fit its configuration on this base")
         if self.drafter is not None:
             self.drafter.require_tokens()
+
+    def _add_parts_of(self, state: Mapping[str, Tensor]) -> None:
+        """What the state holds and this phase doesn't make by itself; raises `CheckpointError` if it can't be kept."""
+        if not self.config.recursive_enabled:
+            return
+        phase = self.config.phase
+        if _has(state, "base_delta.") and self.tuned is None:
+            if phase != "none" or not self._refines:
+                raise CheckpointError(
+                    f'the sidecar holds layers of the base that phase c has tuned, and phase "{phase}" in commit_mode '
+                    f'"{self.config.commit_mode}" is without them; set phase to "c" to train on, or to "none" to use '
+                    'it, in commit_mode "refined"'
+                )
+            self.tuned = self._new_tuned_layers()
+        if _has(state, "lora.") and self.lora is None:
+            if phase == "a":
+                raise CheckpointError(
+                    'the sidecar holds LoRA of phase b, and phase "a" is without it; set phase to "b" or "c" to train '
+                    'on, or to "none" to use it'
+                )
+            self.lora = self._new_lora()
+        training.train_only_these(self._sidecar(), self.config)
 
     def flops(self, *, num_positions: int, context: int, num_logits: int | None = None) -> int:
         """Of a verify pass, which is the base's; other passes add `sidecar_flops` or `refined_flops`."""
@@ -438,6 +468,10 @@ class ChunkRefineWrapper(nn.Module):
     def num_sidecar_parameters(self) -> int:
         """Trainable parameters of the sidecar; a shared cell counts once."""
         return sum(parameter.numel() for module in self._sidecar().values() for parameter in module.parameters())
+
+
+def _has(state: Mapping[str, Tensor], part: str) -> bool:
+    return any(name.startswith(part) for name in state)
 
 
 def _tensors(module: nn.Module) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ from deepen.backbones.hf import Backbone
 from deepen.core.errors import CannotTrain, DeepenError
 from deepen.core.types import Batch, Mean, Progress, StepOutput, Unit
 from deepen.methods.chunk import training_exact, training_refined
-from deepen.methods.chunk.config import RecursiveConfig
+from deepen.methods.chunk.config import EXACT_LOSS_WEIGHTS, REFINED_LOSS_WEIGHTS, RecursiveConfig
 from deepen.methods.chunk.passes import Sidecar
 from deepen.methods.chunk.rows import ChunkBatch, draw_rows
 
@@ -24,7 +24,8 @@ def is_trained(name: str, config: RecursiveConfig) -> bool:
     """Whether the sidecar's tensor of this name gets a gradient in the configuration's mode and phase.
 
     Exact mode drafts in one pass, without a state and without [Z], and names no length. In refined mode nothing leads
-    from the top of [Z] to its bottom in a single pass, and slots are met in corrupted chunks alone.
+    from the top of [Z] to its bottom in a single pass, and slots are met in corrupted chunks alone. A head whose loss
+    has no weight counts as trained all the same.
     """
     if config.phase == "none":
         return False
@@ -70,6 +71,9 @@ def require_phase(config: RecursiveConfig) -> None:
             'phase is "none", in which nothing is trained; set phase to "a" (the sidecar), or take the preset '
             "recursive_phase_a"
         )
+    weights = EXACT_LOSS_WEIGHTS if config.commit_mode == "exact" else REFINED_LOSS_WEIGHTS
+    if not any(getattr(config, name) for name in weights):
+        raise CannotTrain(f"nothing can be learned with {' = '.join(weights)} = 0; give one of them a weight")
     if config.chunk_width == 1:
         raise CannotTrain(
             "chunk_width is 1, and a chunk's first token is never drafted or refined; set it to 2 or more"

@@ -102,9 +102,7 @@ def refined_step(backbone: Backbone, sidecar: Sidecar, config: RecursiveConfig, 
     if sidecar.tuned is not None:
         # Once a chunk, as the step divides it by the number of chunks.
         totals["pull"] = batch.num_chunks * sidecar.tuned.distance()
-    return StepOutput(
-        losses=terms(totals, config), metrics={name: _sum(means) for name, means in metrics.items()}
-    )
+    return StepOutput(losses=terms(totals, config), metrics={name: _sum(means) for name, means in metrics.items()})
 
 
 def columns_of(chunks: Chunks, config: RecursiveConfig) -> Iterator[Chunks]:

@@ -38,7 +38,7 @@ def step_of(settings: dict[str, Any], lengths: tuple[int, ...], num_parts: int) 
     with torch.no_grad():
         for tensor in model.saved_state().values():
             if tensor.is_floating_point():
-                tensor += torch.randn(tensor.shape, generator=source, dtype=tensor.dtype) * 0.1
+                tensor.add_(torch.randn(tensor.shape, generator=source, dtype=tensor.dtype) * 0.1)
     freeze_base(model, base)
     rows = [torch.randint(0, 256, (length,), generator=source).tolist() for length in lengths]
     steps = Steps(

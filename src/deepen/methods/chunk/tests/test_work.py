@@ -35,6 +35,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"commit_mode": "refined", "lambda_masked": 0.0, "draft": "mask"},
     {"commit_mode": "refined", "carry_state": True},
     {"commit_mode": "refined", "max_inner_steps": 1},
+    {"commit_mode": "refined", "max_inner_steps": 1, "carry_state": True},
+    {"commit_mode": "refined", "grad_passes": 4},
+    {"commit_mode": "refined", "grad_passes": 2, "carry_state": True},
 ]
 NUM_BEFORE = 3
 """Inputs of a short convolution that stand before those of a pass."""
@@ -86,7 +89,19 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_a_step_costs_what_is_told(name: str, settings: dict[str, Any]) -> None:
-    model = wrapper(name, **settings)
+    check_costs(wrapper(name, **settings))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_step_costs_what_is_told_with_lora_and_tuned_layers(name: str) -> None:
+    model = wrapper(name, commit_mode="refined", phase="c")
+    model.load_saved_state(wrapper(name, commit_mode="refined", phase="b").saved_state())
+    freeze_base(model, model.base)
+    check_costs(model)
+
+
+def check_costs(model: ChunkRefineWrapper) -> None:
+    """What is told of a step is what torch counts."""
     batch, costs = some_batch(model), pass_costs(model.backbone)
     told = model.step_work(batch)
     with passes_of(model.backbone) as passes:
