@@ -27,6 +27,7 @@ from deepen.backbones.quiet import quiet_transformers
 from deepen.backbones.resolve import Loaded, load
 from deepen.backbones.shapes import build_shape
 from deepen.core import registry
+from deepen.core.checksums import require_unchanged
 from deepen.core.config import Config
 from deepen.core.errors import AddressError, CheckpointError, ConfigError
 from deepen.core.files import read_json, write_folder_atomically, write_json
@@ -183,6 +184,7 @@ def open_model(
         return _Adapter(Path(address).expanduser(), overrides or {}).open_on(load_at, base, pack=pack)
     _refuse_headless(Path(address).expanduser())
     _refuse_run(Path(address).expanduser())
+    _refuse_changed(Path(address).expanduser())
     if base is not None:
         raise ConfigError(f"{address} is a plain model, which has no use for base {base}: that is for adapter folders")
     loaded = load_at(address)
@@ -250,6 +252,7 @@ class _Adapter:
         for name in (self.method.config_file, self.method.weights_file):
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder} is incomplete: it lacks {name}; save or fetch it again")
+        require_unchanged(folder, [self.method.weights_file])
         self.overrides = overrides
         config_file = folder / self.method.config_file
         saved = self.method.load_config_type().from_file(config_file)
@@ -373,6 +376,11 @@ def _refuse_run(folder: Path) -> None:
     """A run's folder holds models, and is none."""
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is the folder of a run; give one of its checkpoints, {folder}/step_N")
+
+
+def _refuse_changed(folder: Path) -> None:
+    """A plain model's weights are those that were saved, where that is known."""
+    require_unchanged(folder, [path.name for path in sorted(folder.glob("*.safetensors"))])
 
 
 def _settings(overrides: Mapping[str, Any]) -> str:

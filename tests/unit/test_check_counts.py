@@ -37,11 +37,12 @@ class Hoarding(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def adapter(base: str = "llama") -> Any:
+def adapter(base: str = "llama", preset: str = "after_surgery", **fields: Any) -> Any:
     """An untrained sidecar, by the registry."""
     method = registry.get("chunk")
     backbone = Backbone.attach(tiny.build(base))
-    return method.load_model_type().build(method.load_config("after_surgery"), backbone, backbone.vocab_size).eval()
+    config = replace(method.load_config(preset), **fields)
+    return method.load_model_type().build(config, backbone, backbone.vocab_size).eval()
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -49,6 +50,15 @@ def test_sound_models_are_green(name):
     subject = subject_of(tiny.build(name))
     assert counts.flops(subject, QUICK).num_cases == (2 if subject.backbone.recurrent_layers else 6)
     assert counts.num_bytes(subject, QUICK).num_cases == (3 if subject.backbone.recurrent_layers else 6)
+
+
+@pytest.mark.parametrize("width", [4, 12, 16, 128])
+def test_a_chunk_may_be_longer_than_what_is_decoded(width):
+    """One advance then brings all, and there is no second."""
+    sidecar = adapter(preset="recursive_phase_c", chunk_width=width, max_inner_steps=2)
+    of_base = counts.flops(subject_of(tiny.build("llama")), QUICK).num_cases
+    found = counts.flops(subject_of(sidecar), QUICK).num_cases - of_base
+    assert found == (3 if width == 4 else 1)
 
 
 @pytest.mark.parametrize("layer", [0, 2])

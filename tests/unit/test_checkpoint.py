@@ -19,6 +19,7 @@ from deepen.backbones.hf import Backbone
 from deepen.backbones.resolve import load
 from deepen.checkpoint import MANIFEST, is_adapter, open_model, save_adapter, save_model
 from deepen.core import files, registry
+from deepen.core.checksums import CHECKSUMS, checksums
 from deepen.core.errors import AddressError, CheckpointError, ConfigError, DeepenError, DownloadError
 from deepen.data.tokenizer import byte_tokenizer
 from deepen.generate.loop import complete
@@ -225,6 +226,29 @@ class TestDamage:
         with pytest.raises(CheckpointError) as raised:
             open_model(str(folder), device="cpu")
         assert f"{folder / WEIGHTS} is damaged or incomplete" in str(raised.value)
+
+    @pytest.mark.parametrize("place", [0.5, 0.999])
+    def test_a_flipped_bit_where_checksums_are_known(self, folder, place):
+        files.write_json(folder / CHECKSUMS, checksums(folder))
+        assert open_model(str(folder), device="cpu").model is not None
+        content = bytearray((folder / WEIGHTS).read_bytes())
+        content[int(place * len(content))] ^= 1
+        (folder / WEIGHTS).write_bytes(bytes(content))
+        with pytest.raises(CheckpointError, match=f"{folder / WEIGHTS} is not what was saved: .* delete {CHECKSUMS}"):
+            open_model(str(folder), device="cpu")
+        (folder / CHECKSUMS).unlink()
+        assert open_model(str(folder), device="cpu").model is not None
+
+    def test_a_flipped_bit_of_a_plain_model(self, tmp_path):
+        loaded = load("tiny:llama", device="cpu")
+        save_model(tmp_path / "m", backbone=Backbone.attach(loaded.model), tokenizer=loaded.tokenizer)
+        files.write_json(tmp_path / "m" / CHECKSUMS, checksums(tmp_path / "m"))
+        weights = tmp_path / "m" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 1
+        weights.write_bytes(bytes(content))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was saved"):
+            open_model(str(tmp_path / "m"), device="cpu")
 
     def test_weights_that_are_none(self, folder):
         (folder / WEIGHTS).write_bytes(b"\xff" * 64)

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 import deepen.methods
 from deepen.checkpoint import open_model
+from deepen.core.checksums import CHECKSUMS, checksums
 from deepen.core.errors import CheckpointError, DeepenError
 from deepen.train import resume, run
 from deepen.train.config import RunConfig
 from deepen.train.folder import checkpoints_in
-from deepen.train.resume import CHECKSUMS
 from deepen.train.run import train
 
 DROPPED_IN = Path(__file__).parents[1] / "contract" / "dropped_in"
@@ -194,7 +194,7 @@ def damage(folder: Path, how: str) -> None:
         state["run"]["seed"] = 99
         (folder / "training" / "state.json").write_text(json.dumps(state))
         sums = json.loads((folder / CHECKSUMS).read_text())
-        (folder / CHECKSUMS).write_text(json.dumps({**sums, **resume._checksums(folder)}))
+        (folder / CHECKSUMS).write_text(json.dumps({**sums, **checksums(folder)}))
 
 
 REASONS = {

@@ -123,14 +123,18 @@ class _Ledger:
             self._hold(counted_flops(backward), told.backward_flops, f"a backward over {_LENGTH} tokens")
 
     def hold_advances(self, method: RecursiveModel) -> None:
-        """A method's advances, by what they say that they have spent."""
+        """A method's advances, by what they say that they have spent, as long as there is room for another."""
         (prompt, *_) = prompts_of(self._subject, _LENGTH)
         decoding = method.open(Prompt((tuple(prompt),), _LENGTH))
+        room = _LENGTH
         for number in range(1, _NUM_ADVANCES + 1):
+            if not room:
+                break
             gained: list[Any] = []
             with passes_of(self._backbone) as passes, torch.no_grad():
                 counted = counted_flops(lambda: gained.append(method.advance(decoding, BatchSampler([GREEDY]))))  # noqa: B023
             spent, when = gained[0].spent, f"advance {number}"
+            room -= len(gained[0].rows[0].tokens)
             positions = sum(sum(ran.widths) for ran in passes)
             _require_equal(len(passes), spent.passes, f"passes of {when}", cause=_SPENT)
             _require_equal(positions, spent.positions, f"positions of {when}", cause=_SPENT)

@@ -6,8 +6,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from deepen.core.checksums import CHECKSUMS
 from deepen.core.errors import DeepenError
-from deepen.train.resume import CHECKSUMS, TRAINING
+from deepen.train.resume import TRAINING
 
 # What a run needs to go on, and a model doesn't; the checksums are of these files too.
 _OWN = (f"{TRAINING}/*", CHECKSUMS)

@@ -14,7 +14,6 @@ each rank writes what it holds, and any number of ranks reads what it needs. No 
 draws is a function of seed and step.
 """
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from deepen.core.checksums import CHECKSUMS, checksums
 from deepen.core.errors import CheckpointError
 from deepen.core.files import read_json, write_folder_atomically, write_json
 from deepen.core.tensors import require_fit
@@ -39,7 +39,6 @@ from deepen.train.optim import Optimizers
 from deepen.train.ranks import Ranks
 from deepen.train.tree import flattened, unflattened
 
-CHECKSUMS = "checksums.json"
 FORMAT = 1
 TRAINING = "training"
 _STATE = "state.json"
@@ -106,7 +105,7 @@ def save_checkpoint(
         write_json(begun / TRAINING / _STATE, {"format": FORMAT, "world_size": ranks.world_size, **facts})
         write_model(begun)
         ranks.wait()
-        write_json(begun / CHECKSUMS, _checksums(begun))
+        write_json(begun / CHECKSUMS, checksums(begun))
 
 
 def _write_shards(begun: Path, state: TrainingState, carry: Any, ranks: Ranks) -> None:
@@ -162,21 +161,11 @@ def load_carry(folder: Path, facts: Mapping[str, Any], *, device: torch.device, 
     return unflattened(outline, {name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_files(folder: Path) -> None:
     if not (folder / CHECKSUMS).is_file():
         raise CheckpointError(f"{folder} is torn: it has no {CHECKSUMS}")
     expected = read_json(folder / CHECKSUMS, error=CheckpointError)
-    found = _checksums(folder)
+    found = checksums(folder)
     missing = [name for name in expected if name not in found]
     changed = [name for name, digest in expected.items() if found.get(name, digest) != digest]
     if missing or changed:
