@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import pytest
@@ -17,6 +17,7 @@ from deepen.backbones import fused, tiny
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone
+from deepen.backbones.lasting import Again
 from deepen.core.errors import CheckpointError, ConfigError, DeepenError, UnsupportedBackbone
 from deepen.core.types import Work
 
@@ -407,6 +408,33 @@ class TestGradients:
             found.append([parameter.grad for parameter in lora.parameters()])
         for plain, again in zip(*found, strict=True):
             torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("is_inside", [False, True])
+    def test_activation_checkpointing_that_enters_the_block_again(self, is_inside):
+        """The backward is on another thread, as on a GPU, while this one holds the model."""
+        backbone, found = attach("llama"), []
+
+        def forward(tokens: Tensor) -> Tensor:
+            return backbone.model(tokens, use_cache=False).logits
+
+        def saving(tokens: Tensor) -> Tensor:
+            return checkpoint(forward, tokens, use_reentrant=False, context_fn=lambda: (nullcontext(), Again()))
+
+        for run in (forward, saving):
+            lora = lora_on(backbone)
+            with ExitStack() as block:
+                block.enter_context(lora.acting_at(SLOTS))
+                loss = run(CHUNKS).square().sum()
+                if not is_inside:
+                    block.close()
+                with backbone.held():
+                    thread = threading.Thread(target=loss.backward, daemon=True)
+                    thread.start()
+                    thread.join(timeout=60)
+            assert not thread.is_alive() and hooks_in(backbone.model) == 0
+            found.append([parameter.grad for parameter in lora.parameters()])
+        for plain, again in zip(*found, strict=True):
+            assert torch.equal(again, plain) and plain.abs().max() > 0
 
 
 class TestBlock:

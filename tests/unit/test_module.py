@@ -115,9 +115,10 @@ class TestRun:
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-    def test_compiling_changes_losses_by_rounding_alone(self, run_config, tmp_path):
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_compiling_changes_losses_by_rounding_alone(self, run_config, recompute, tmp_path):
         config = replace(run_config, method="dense")
-        other = replace(config, compile=True, output_dir=str(tmp_path / "other"))
+        other = replace(config, compile=True, recompute=recompute, output_dir=str(tmp_path / "other"))
         assert losses(other) == pytest.approx(losses(config), rel=1e-5)
 
     def test_layers_that_cannot_be_compiled_are_told(self, run_config, monkeypatch):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deepen.backbones.attention import places_of_pass
 from deepen.backbones.hf import Backbone
+from deepen.backbones.lasting import lasting
 from deepen.backbones.linears import linears_of, named, sizes_of, visited_by_all
 from deepen.core.errors import ConfigError, DeepenError, UnsupportedBackbone
 from deepen.core.tensors import fill
@@ -66,14 +67,15 @@ class GatedLora(nn.Module):
 
         A pass may be wider: what is behind the mask is clean. Forwards of the model that are no pass must have its
         width and no cache. A backward that runs parts of the forward again (activation checkpointing) belongs in
-        the block. Other threads wait to pass until it ends. An element to add that isn't finite is left out.
+        the block, or does that in an `Again` (lasting.py). Other threads wait to pass until the block ends. An element
+        to add that isn't finite is left out.
         """
         positions = _Positions(mask)
-        with self._backbone.held(), ExitStack() as hooks:
-            if len(positions):
-                for (path, linear), weights in zip(self._linears.items(), self.weights, strict=True):
-                    hook = _Gated(path, weights, self._scale, positions)  # type: ignore[arg-type]
-                    hooks.callback(linear.register_forward_hook(hook).remove)
+        gates = [
+            (linear, _Gated(path, weights, self._scale, positions))  # type: ignore[arg-type]
+            for (path, linear), weights in zip(self._linears.items(), self.weights, strict=True)
+        ]
+        with self._backbone.held(), lasting(_Hooks(gates if len(positions) else []).in_place):
             yield
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -121,6 +123,25 @@ class LowRank(nn.Module):
         self.lora_B = nn.Linear(rank, num_out, bias=False, device=device, dtype=dtype)
         nn.init.zeros_(self.lora_B.weight)
         self.to(weight.device)
+
+
+class _Hooks:
+    """Those of one block of `acting_at`."""
+
+    def __init__(self, gates: Sequence[tuple[nn.Module, "_Gated"]]) -> None:
+        self._gates, self._depth = gates, 0
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In the block, each linear has its own; blocks may be nested."""
+        with ExitStack() as hooks:
+            for linear, gate in () if self._depth else self._gates:
+                hooks.callback(linear.register_forward_hook(gate).remove)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
 
 class _Positions:

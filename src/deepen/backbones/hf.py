@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from deepen.backbones.attention import PassPlaces, at_places, attention_of_pass
 from deepen.backbones.cache import PrefixCache
 from deepen.backbones.fused import FusedForward, fuse_layers, fused_pass, unfuse_layers
 from deepen.backbones.identity import BaseIdentity, fingerprint
+from deepen.backbones.lasting import lasting
 from deepen.backbones.recurrence import delta_forwards, recurrence_of_pass
 from deepen.backbones.window import PassWindow
 from deepen.core.errors import PromptError, UnsupportedBackbone
@@ -305,14 +307,15 @@ class Backbone:
         """One pass with gradient over `tokens` behind each of R anchors, which leaves nothing behind.
 
         `tokens` are ids `[R, W]` or embeddings `[R, W, D]`, of which row r's first `widths[r]` are real. Gives logits
-        `[R, W, V]`, or those of the positions in `keep` alone. `edit` is as in `run`.
+        `[R, W, V]`, or those of the positions in `keep` alone. `edit` is as in `run`. A layer that runs again in the
+        backward (activation checkpointing) must do so in an `Again` of lasting.py; what edits its output isn't in it.
         """
         width = tokens.shape[1]
         cache, kept = prefix.begin(widths), range(width) if keep is None else list(keep)
         positions = prefix.anchors.lengths[:, None] + torch.arange(width).clamp(max=_last(widths)[:, None])
-        recurrence = recurrence_of_pass(self._delta_forwards)
-        places = at_places(PassPlaces((prefix.num_keys,) * len(widths), width, prefix.num_keys + width))
-        with _lock_of(self.model), recurrence, places, _layer_edits(self.layers, edit, width):
+        recurrence = partial(recurrence_of_pass, self._delta_forwards)
+        places = partial(at_places, PassPlaces((prefix.num_keys,) * len(widths), width, prefix.num_keys + width))
+        with _lock_of(self.model), lasting(recurrence, places), _layer_edits(self.layers, edit, width):
             logits: Tensor = self.model(
                 **{"input_ids" if tokens.ndim == 2 else "inputs_embeds": tokens},
                 attention_mask=_bias(prefix.visible(width, device=self.device), self.dtype),

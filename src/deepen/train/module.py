@@ -6,6 +6,7 @@ Sharding, compiling and activation checkpointing hang on `forward`, which the pr
 import textwrap
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from deepen.backbones.lasting import Again
 from deepen.core.errors import CannotTrain, DeepenError
 from deepen.core.method import Recurring
 from deepen.core.types import Batch, Progress, StepOutput
@@ -99,7 +101,10 @@ class StepModule(nn.Module):
         self.is_compiled = True
 
     def checkpoint_activations(self) -> None:
-        """Keep no activations inside units: the backward runs each unit's forward again."""
+        """Keep no activations inside units: the backward runs each unit's forward again, in what lasted the first time.
+
+        See backbones/lasting.py. What is `adapted` in a model must last until the backward ends.
+        """
         for unit in self.model.shard_units():
             unit.forward = _recomputing(unit.forward)
 
@@ -108,9 +113,16 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def recomputing(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # A compiler traces a forward with all that acts on it, once for both runs, and knows no contexts.
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": _of_both_runs}
+        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
     return recomputing
+
+
+def _of_both_runs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What a unit's forward runs in: the first time what is there, and in the backward the same again."""
+    return nullcontext(), Again()
 
 
 def whole(tensor: Tensor) -> Tensor:

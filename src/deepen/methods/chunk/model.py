@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from deepen.backbones.costs import pass_costs, pass_flops, row_state_bytes
 from deepen.backbones.gated_lora import GatedLora
 from deepen.backbones.hf import Backbone
-from deepen.backbones.recurrence import use_delta_attention
 from deepen.backbones.tuned_layers import TunedLayers
 from deepen.core.errors import CannotJoin, CheckpointError, ConfigError, PromptError
 from deepen.core.method import Sampler
@@ -297,8 +296,7 @@ class ChunkRefineWrapper(nn.Module):
             self.drafter.fit(counts)
 
     def begin(self, batch: Batch) -> None:
-        """Nothing is carried from batch to batch; layers of delta attention compute with deepen's op from now on."""
-        use_delta_attention(self.base)
+        """Nothing is carried from batch to batch."""
 
     def prepare(self, batch: Batch, progress: Progress) -> ChunkBatch:
         """Draw chunks, and in refined mode how they are corrupted."""
