@@ -157,10 +157,16 @@ class Joining(Decoder, Protocol):
 
 @runtime_checkable
 class Recurring(Protocol):
-    """A model that runs some of its units several times in one forward."""
+    """A model that runs some of its units several times in one forward, or as often as its rows need.
+
+    Sharded, all other units must run equally often on every rank: each use of one waits for all ranks.
+    """
 
     def recurring_units(self) -> list[nn.Module]:
-        """Those of `shard_units`; sharded, their parameters are gathered once a step and kept until its end."""
+        """Those of `shard_units`; sharded, their parameters are gathered when a step begins and kept until its end.
+
+        So they are whole on every rank in a step, and sharding saves memory between steps alone.
+        """
 
 
 @runtime_checkable

@@ -73,7 +73,7 @@ class StepModule(nn.Module):
     def shard(self) -> None:
         """Shard parameters over ranks (FSDP2), unit by unit; gradients are summed, as losses are divided already.
 
-        Units that recur are gathered once a step, and not before and behind each of their uses.
+        Units that recur are gathered once a step (`gather`), and not before and behind each of their uses.
         """
         # Values come out of layers as views of projections; nobody writes to them.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
@@ -89,8 +89,20 @@ class StepModule(nn.Module):
         self._gathered = [unit for unit in recurring if isinstance(unit, FSDPModule)]
         self.is_sharded = True
 
+    def gather(self) -> None:
+        """Put together what is in no unit, and the units that recur, from all ranks' shards; what is whole stays.
+
+        Every rank does so before each forward, in the same order. How often such a unit runs in the forward is a rank's
+        own affair, and it may be never, so that one that waited there for the others could wait for good. And what a
+        method puts in its base's place meanwhile (`adapted`) is then whole.
+        """
+        if isinstance(self, FSDPModule):
+            self.unshard()
+        for unit in self._gathered:
+            unit.unshard()
+
     def release(self) -> None:
-        """Let go of parameters that were gathered for a step: after its last backward, before any of them moves."""
+        """Let go of units that were gathered for a step: after its last backward, before their parameters move."""
         for unit in self._gathered:
             unit.reshard()
 

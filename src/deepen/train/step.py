@@ -115,6 +115,7 @@ class Steps:
         batch = part.to(self._device)
         if not self.has_begun:
             self.carry, self.has_begun = self._model.begin(batch), True
+        self._module.gather()
         with adapted(self._model):  # also for the backward, which may run parts of the forward again
             with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
                 output: StepOutput = self._module(batch, self.carry, progress)

@@ -339,6 +339,10 @@ class ChunkRefineWrapper(nn.Module):
         """The base's layers. The cells, which no layer calls, are with the rest of the sidecar."""
         return list(self.backbone.layers)
 
+    def recurring_units(self) -> list[nn.Module]:
+        """All of these: how many passes a step makes depends on how long its rows are, and their chunks."""
+        return self.shard_units()
+
     def saved_state(self) -> dict[str, Tensor]:
         """The sidecar's tensors; the base's are never among them."""
         return {
