@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from deepen.checkpoint import open_model
 from deepen.core.errors import CannotTrain, ConfigError
 from deepen.core.method import adapted
 from deepen.core.registry import get
+from deepen.train import run
 from deepen.train.config import RunConfig
 from deepen.train.run import rows_of_run, train
-from deepen.train.trainee import open_trainee
+from deepen.train.trainee import Trainee, open_trainee
 
 SIZES = {"d_state": 8, "gate_hidden": 16, "max_inner_steps": 2}
 
@@ -31,6 +33,39 @@ def run_config(tmp_path: Path) -> RunConfig:
         model="tiny:llama", method="chunk", config="recursive_phase_a", overrides=SIZES, num_steps=2, batch_size=4,
         data=str(tmp_path / "corpus.jsonl"), max_length=40, log_interval=1, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OwnBase:
+    """The base that a run trains on, in its memory, and copies of what it held before the first step."""
+
+    model: torch.nn.Module
+    before: Mapping[str, torch.Tensor]
+    fingerprint: str
+
+    @classmethod
+    def kept(cls, model: torch.nn.Module) -> "OwnBase":
+        return cls(model, {name: tensor.clone() for name, tensor in model.state_dict().items()}, fingerprint(model))
+
+    def assert_as_before(self) -> None:
+        now = self.model.state_dict()
+        assert now.keys() == self.before.keys()
+        assert [name for name in now if not torch.equal(now[name], self.before[name])] == []
+        assert fingerprint(self.model) == self.fingerprint
+
+
+@pytest.fixture
+def own_bases(monkeypatch: pytest.MonkeyPatch) -> list[OwnBase]:
+    """Of the runs of a test, in their order."""
+    kept: list[OwnBase] = []
+
+    def opening(config: RunConfig) -> Trainee:
+        trainee = open_trainee(config)
+        kept.append(OwnBase.kept(trainee.backbone.model))
+        return trainee
+
+    monkeypatch.setattr(run, "open_trainee", opening)
+    return kept
 
 
 def trained(config: RunConfig) -> tuple[Path, list[str]]:
@@ -52,13 +87,18 @@ def test_phase_a_trains_the_sidecar_and_says_so(run_config):
     assert json.loads((folder / "recursive_config.json").read_text())["phase"] == "a"
 
 
-def test_the_base_is_the_same_bit_for_bit(run_config):
-    before = fingerprint(open_model("tiny:llama").backbone.model)
-    folder, _ = trained(run_config)
-    assert fingerprint(open_model(str(folder)).backbone.model) == before
+@pytest.mark.parametrize("base", ["tiny:llama", "tiny:kimi_linear"])
+@pytest.mark.parametrize("preset", ["recursive_phase_a", "recursive_phase_b", "recursive_phase_c"])
+def test_the_base_is_the_same_bit_for_bit(run_config, own_bases, preset, base):
+    """The very one that the run computes with; in phase c it is there beside the layers that are tuned."""
+    folder, _ = trained(replace(run_config, model=base, config=preset))
+    (own,) = own_bases
+    own.assert_as_before()
+    assert own.fingerprint == fingerprint(open_model(base).backbone.model)
+    assert load_file(folder / "sidecar.safetensors")["refine_cells.0.out.weight"].any()
 
 
-def test_phase_b_goes_on_from_phase_a(run_config, tmp_path):
+def test_phase_b_goes_on_from_phase_a(run_config, own_bases, tmp_path):
     first, _ = trained(run_config)
     going_on = replace(
         run_config, model=str(first), method=None, config=None, overrides={"phase": "b"}, output_dir=str(tmp_path / "b")
@@ -70,15 +110,19 @@ def test_phase_b_goes_on_from_phase_a(run_config, tmp_path):
     # What exact mode has no use for stays where it was.
     assert torch.equal(before["refine_cells.0.state_upd.weight_ih"], after["refine_cells.0.state_upd.weight_ih"])
     assert json.loads((second / "recursive_config.json").read_text())["phase"] == "b"
+    of_first, of_second = own_bases
+    of_second.assert_as_before()
+    assert of_first.fingerprint == of_second.fingerprint
 
 
-def test_phase_c_tunes_every_fourth_layer_beside_the_base(run_config, tmp_path):
+def test_phase_c_tunes_every_fourth_layer_beside_the_base(run_config, own_bases):
     config = replace(run_config, config="recursive_phase_c")
     folder, shown = trained(config)
     assert "tuned" in shown[0]
-    base = open_model("tiny:llama").backbone.model
-    opened = open_model(str(folder))
-    assert fingerprint(opened.backbone.model) == fingerprint(base)
+    (own_base,) = own_bases
+    own_base.assert_as_before()
+    base, opened = own_base.model, open_model(str(folder))
+    assert fingerprint(opened.backbone.model) == own_base.fingerprint
     saved = load_file(folder / "sidecar.safetensors")
     own = dict(base.named_parameters())
     tuned = {
