@@ -24,7 +24,7 @@ from deepen.methods.chunk.config import RecursiveConfig
 from deepen.methods.chunk.model import ChunkRefineWrapper
 from deepen.methods.chunk.passes import RefinedPass, run_refined_embeddings
 from deepen.methods.chunk.refined import RefinedDecoder
-from deepen.methods.chunk.rows import SLOT, ChunkBatch
+from deepen.methods.chunk.rows import OWN_DRAFT, RANDOM, SLOT, ChunkBatch
 from deepen.train.module import StepModule
 from deepen.train.optim import freeze_base, make_optimizers
 from deepen.train.step import Steps
@@ -451,7 +451,7 @@ class TestShallowDrafter:
         freeze_base(model, base)
         model.fit(torch.bincount(torch.tensor(row), minlength=model.backbone.vocab_size))
         losses = train(model, batch_of([row]), num_steps=60, learning_rate=3e-3)
-        assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.4
+        assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.05
         (result,) = complete(model.eval(), [row[:4]], stop=StopConfig(max_new_tokens=40))
         assert result.tokens == row[4:44]
         assert len(result.tokens) / result.passes > 4
@@ -489,10 +489,11 @@ class TestWhatReachesWhat:
             assert all(torch.equal(one.states[layer], two.states[layer]) for layer in one.states)
         assert not torch.equal(recorder.scoring[1].logits, again.scoring[1].logits)
 
+    @pytest.mark.parametrize("kind", [SLOT, RANDOM, OWN_DRAFT], ids=["slot", "random", "own-draft"])
     @pytest.mark.parametrize("place", range(1, WIDTH))
     @pytest.mark.parametrize("num_passes", range(1, NUM_PASSES + 1))
-    def test_a_masked_target_is_in_nothing_that_any_pass_was_fed(self, place, num_passes, monkeypatch):
-        """A token corrupted in the first passes changes nothing that these say, whatever it is."""
+    def test_a_masked_target_is_in_nothing_that_any_pass_was_fed(self, place, num_passes, kind, monkeypatch):
+        """A token corrupted in the first passes changes nothing that these say, whatever it is and was made."""
         model = wrapper(commit_mode="refined")
         (row,) = texts(1 + WIDTH)
 
@@ -501,7 +502,7 @@ class TestWhatReachesWhat:
             batch = at_grid(model, changed)
             assert batch.passes_corrupted is not None and batch.corruptions is not None
             batch.passes_corrupted[0, 0, place] = num_passes
-            batch.corruptions[0, 0, place] = SLOT
+            batch.corruptions[0, 0, place] = kind
             recorder = Recorder(monkeypatch)
             output = stepped(model, batch)
             assert model.count(batch)["masked"] == num_passes
@@ -630,7 +631,7 @@ class TestWhatLearns:
 
 class TestThatItLearns:
     def test_slots_learn_a_text_that_the_base_knows_by_heart(self):
-        """Cross entropy falls to near nothing, and what they draft is committed: more than 4 tokens a pass."""
+        """They come to say what the base says, and what they draft is committed: more than 4 tokens a pass."""
         (row,) = texts(44)
         base = knowing(row)
         settings = {"chunk_width": 12, "max_chunk_len": 12, "anchors_per_text": 24, "distill_gamma": 100.0}
@@ -639,8 +640,8 @@ class TestThatItLearns:
             base, RecursiveConfig(**{"recursive_enabled": True, **SIZES, "phase": "a", **settings, **shape})
         )
         freeze_base(model, base)
-        losses = train(model, batch_of([row]), num_steps=120, learning_rate=3e-3)
-        assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.4
+        losses = train(model, batch_of([row]), num_steps=240, learning_rate=3e-3)
+        assert losses[0]["distill"] > 5 and losses[-1]["distill"] < 0.05
         (result,) = complete(model.eval(), [row[:4]], stop=StopConfig(max_new_tokens=40))
         assert result.tokens == row[4:44]
         assert len(result.tokens) / result.passes > 4
@@ -653,7 +654,7 @@ class TestThatItLearns:
         )  # fmt: skip
         batch = prepared(model, texts(1 + WIDTH, 2 + WIDTH))
         losses = train(model, batch, num_steps=120, learning_rate=4e-3)
-        assert losses[0]["final_ce"] > 5 and losses[-1]["final_ce"] < 0.1
+        assert losses[0]["final_ce"] > 5 and losses[-1]["final_ce"] < 0.05
 
 
 def knowing(row: list[int]) -> Any:
