@@ -138,6 +138,17 @@ def test_an_evaluation_says_how_deep_tokens_ran(place, capsys):
     assert results["at_recursions"] is None
 
 
+def test_timed_it_has_no_plain_path_to_be_compared_with(place, capsys):
+    said(capsys, "new expert_choice.json --tokenizer bpe:300 --data corpus.jsonl --out m")
+    shown, results = evaluated(capsys, "m", "--max_new_tokens 2 --speed --rounds 1")
+    assert {line["path"] for line in results["speed"]} == {"mor"}
+    assert all(line["against_plain"] is None and line["ms_per_token"] > 0 for line in results["speed"])
+    assert re.search(r"^code +mor +1 +[0-9.]+ +-$", shown, re.MULTILINE)
+    said(capsys, f"evaluate m --stage baseline {SCORING} --output_dir untimed")
+    compared = said(capsys, "compare e/baseline_results.json untimed/baseline_results.json")
+    assert "code, mor, ms_per_token" in compared and "against_plain" not in compared
+
+
 def test_more_recursions_and_fewer_are_a_table(place, capsys):
     said(capsys, "new expert_choice.json --tokenizer bpe:300 --data corpus.jsonl --out m")
     shown, results = evaluated(capsys, "m", "--recursions 1 3 5")

@@ -419,6 +419,17 @@ class TestStages:
         results, _ = run_stage(replace(stage, model=str(folder), stage=name, max_tokens=60, max_new_tokens=0))
         assert results["exact"] is False
 
+    def test_a_failure_in_timing_loses_nothing(self, stage, monkeypatch):
+        def fail(*_, **__):
+            raise RuntimeError("no clock")
+
+        monkeypatch.setattr(stages, "PROMPTS", PROMPTS[:1])
+        monkeypatch.setattr(stages, "time_paths", fail)
+        with pytest.raises(RuntimeError, match="no clock"):
+            run_stage(replace(stage, max_new_tokens=2, speed=True))
+        found = StageResults.read(Path(stage.output_dir) / "baseline_results.json")
+        assert found.speed is None and len(found.answers) == 1
+
     def test_a_plain_base_has_no_surgery_behind_it(self, stage):
         with pytest.raises(CannotScore, match="tiny:llama is a plain base model; stage after_surgery measures"):
             run_stage(replace(stage, stage="after_surgery"))

@@ -204,6 +204,9 @@ def _costs(
     }
 
 
+_RATIO = "{ratio:.2f}x ({low:.2f}-{high:.2f})"
+
+
 def _speed(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
     return [
         (
@@ -211,7 +214,7 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
             line["path"],
             line["tokens_per_pass"],
             line["ms_per_token"],
-            "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**line["against_plain"]),
+            "-" if line["against_plain"] is None else _RATIO.format(**line["against_plain"]),
         )
         for line in lines
     ]

@@ -258,7 +258,7 @@ def _speed(results: StageResults) -> dict[str, Any]:
         f"{line['domain']}, {line['path']}, {name}": value["ratio"] if isinstance(value, dict) else value
         for line in results.speed or ()
         for name, value in line.items()
-        if name in ("tokens_per_pass", "ms_per_token", "against_plain")
+        if name in ("tokens_per_pass", "ms_per_token", "against_plain") and value is not None
     }
 
 

@@ -132,7 +132,8 @@ class StageResults(Config):
     `exact` says that the method promises the base's own output. `config` is the evaluation's configuration,
     `method_config` the method's with every field, None for a base alone. `figures` are over `documents`, `generation`
     over `answers` (None without any); `left_out` names the prompts that don't fit into the model's context. `speed`
-    has a line for each domain and path, None where nothing was timed. `checks` are what the figures' meaning rests on.
+    has a line for each domain and path, None where nothing was timed; its `against_plain` is None where the base alone
+    can't decode. `checks` are what the figures' meaning rests on.
     `training` is None for what no run of `deepen train` made, and in files of earlier versions. `looking_ahead` has the
     figures of a model that is trained by decisions that look at later tokens, by such decisions; None for all others.
     `depths` is None where all tokens run the same depth, and `at_recursions`, the same model run with other numbers of

@@ -15,6 +15,9 @@ from deepen.generate.loop import complete
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.stop import StopConfig
 
+PLAIN = "plain"
+"""The path of plain decoding."""
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -128,14 +131,18 @@ def counted_cost(timings: Sequence[Mapping[str, Timing]], *, path: str) -> float
 
 
 def path_figures(timings: Sequence[Mapping[str, Timing]], *, path: str) -> dict[str, Any]:
-    """What a table says of one path on these prompts: tokens per pass, milliseconds a token, ratio to plain."""
+    """What a table says of one path on these prompts: tokens per pass, milliseconds a token, ratio to plain.
+
+    The ratio is None where no plain path was timed: a model that its method brings has none.
+    """
     per_pass = counted_cost(timings, path=path)
+    against = ratios(timings, path=path, against=PLAIN) if PLAIN in timings[0] else None
     return {
         "prompts": len(timings),
         "tokens": sum(len(timing[path].answered.tokens) for timing in timings),
         "tokens_per_pass": None if per_pass is None else round(per_pass, 3),
         "ms_per_token": round(sum(t[path].seconds_per_token for t in timings) / len(timings) * 1e3, 2),
-        "against_plain": {k: round(v, 3) for k, v in ratios(timings, path=path, against="plain").items()},
+        "against_plain": against and {name: round(value, 3) for name, value in against.items()},
     }
 
 
@@ -179,5 +186,5 @@ def our_paths(backbone: Backbone, models: Mapping[str, Decoder], stop: StopConfi
     """Plain decoding, where the base alone can decode, and decoding by each of these models."""
     plain: dict[str, Path] = {}
     if backbone.own_method is None:
-        plain["plain"] = decoder_path(PlainDecoder(backbone), stop)
+        plain[PLAIN] = decoder_path(PlainDecoder(backbone), stop)
     return plain | {name: decoder_path(model, stop) for name, model in models.items()}

@@ -146,10 +146,15 @@ def run_stage(
             trust_remote_code=config.trust_remote_code,
             pack=True,
         )
-    results = _Stage(config, opened, clock).run(advance).to_dict()
+    stage = _Stage(config, opened, clock)
+    results = stage.run(advance)
     path = Path(config.output_dir).expanduser() / f"{config.stage}_results.json"
-    write_json(path, results)
-    return results, path
+    write_json(path, results.to_dict())
+    if config.speed:
+        # What timing can't do must not cost the figures, which are there by now.
+        results = replace(results, speed=stage.speed(advance))
+        write_json(path, results.to_dict())
+    return results.to_dict(), path
 
 
 @dataclass
@@ -186,7 +191,7 @@ class _Stage:
         self._prompts = self._fitting_prompts()
 
     def run(self, advance: Callable[[int], object]) -> StageResults:
-        """All of them."""
+        """All of them, but for speed."""
         config = self._config
         batches = _batches(config, self._opened)
         text = max((row for batch in batches for row in batch.unpadded()), key=len)
@@ -199,8 +204,24 @@ class _Stage:
             answers = self._answers(advance)
         with self._clock("checks"):
             checks = self._checks(batches)
-        speed = self._speed(advance) if config.speed else None
-        return replace(self._results(measured, answers, checks, speed), looking_ahead=ahead, at_recursions=swept)
+        return replace(self._results(measured, answers, checks), looking_ahead=ahead, at_recursions=swept)
+
+    def speed(self, advance: Callable[[int], object]) -> tuple[dict[str, Any], ...]:
+        """A line for each domain and path: how long its prompts' answers take, one path after the other."""
+        models = {} if self._model is None or self._opened.method is None else {self._opened.method.name: self._model}
+        paths = our_paths(self._backbone, models, self._stop)
+
+        def done(count: int) -> None:
+            advance(count * self._config.max_new_tokens)
+
+        lines = []
+        with self._clock("speed"):
+            for domain in get_args(Domain):
+                prompts = [prompt.encode(self._opened.tokenizer) for prompt in self._prompts if prompt.domain == domain]
+                timings = time_paths(paths, prompts, rounds=self._config.rounds, done=done)
+                if timings:
+                    lines += [{"domain": domain, "path": path, **path_figures(timings, path=path)} for path in paths]
+        return tuple(lines)
 
     def _measured(
         self,
@@ -281,28 +302,11 @@ class _Stage:
             checks["own_forward_difference"] = float(difference.abs().max())
         return checks
 
-    def _speed(self, advance: Callable[[int], object]) -> tuple[dict[str, Any], ...]:
-        models = {} if self._model is None or self._opened.method is None else {self._opened.method.name: self._model}
-        paths = our_paths(self._backbone, models, self._stop)
-
-        def done(count: int) -> None:
-            advance(count * self._config.max_new_tokens)
-
-        lines = []
-        with self._clock("speed"):
-            for domain in get_args(Domain):
-                prompts = [prompt.encode(self._opened.tokenizer) for prompt in self._prompts if prompt.domain == domain]
-                timings = time_paths(paths, prompts, rounds=self._config.rounds, done=done)
-                if timings:
-                    lines += [{"domain": domain, "path": path, **path_figures(timings, path=path)} for path in paths]
-        return tuple(lines)
-
     def _results(
         self,
         measured: Measured,
         answers: list[Answer],
         checks: dict[str, float | None],
-        speed: tuple[dict[str, Any], ...] | None,
     ) -> StageResults:
         config = self._config
         base, method, method_config = self._subject()
@@ -323,7 +327,7 @@ class _Stage:
             answers=tuple(answers),
             left_out=self._left_out(),
             generation=_generation(answers, method_config),
-            speed=speed,
+            speed=None,
             ledger={
                 **model_figures(
                     count_parameters(self._backbone.model, self._model),
