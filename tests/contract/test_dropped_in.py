@@ -62,14 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"evaluate A --stage after_surgery {scoring} --output_dir before",
         "generate A --prompt Hello --max_new_tokens 8 --no-chat",
         "train run.json --num_steps 1",
-        f"evaluate run/step_1 --stage after_surgery {scoring} --output_dir trained",
+        f"evaluate run/step_1 --stage finetuned_recursive {scoring} --output_dir trained",
     )
     (place / "first.txt").write_text(first.stdout)
     assert first.returncode == 0, first.stderr
     second = deepen_commands(
         place,
         "generate run/step_1 --prompt Hello --max_new_tokens 8 --no-chat",
-        f"evaluate run/step_1 --stage after_surgery {scoring} --output_dir reloaded",
+        f"evaluate run/step_1 --stage finetuned_recursive {scoring} --output_dir reloaded",
         f"evaluate run/step_1 --stage baseline {scoring} --output_dir reloaded",
     )
     (place / "second.txt").write_text(second.stdout)
@@ -113,7 +113,8 @@ def test_the_base_is_as_it_was(folder):
 
 def test_what_is_reloaded_scores_the_same_to_the_last_bit(folder):
     before, trained, reloaded = (
-        results(folder, f"{name}/after_surgery_results.json")["figures"] for name in ("before", "trained", "reloaded")
+        results(folder, f"{name}_results.json")["figures"]
+        for name in ("before/after_surgery", "trained/finetuned_recursive", "reloaded/finetuned_recursive")
     )
     assert reloaded == trained
     assert trained["nll"] < before["nll"]

@@ -194,7 +194,7 @@ def test_depths_and_what_looks_ahead_stand_in_the_report(place, capsys):
         json.dumps({"model": "m", "data": "corpus.jsonl", "num_steps": 1, "max_length": 32})
     )
     said(capsys, "train run.json --output_dir r")
-    evaluated(capsys, "r/step_1")
+    evaluated(capsys, "m")
     shown, results = evaluated(capsys, "r/step_1", "--recursions 3 4", stage="finetuned_recursive")
     assert f"{results['looking_ahead']['nll']:.6f} nats per token, by decisions that no model" in shown
     assert results["looking_ahead"]["nll"] != results["figures"]["nll"]
@@ -209,6 +209,27 @@ def test_depths_and_what_looks_ahead_stand_in_the_report(place, capsys):
     assert len(page.all("p", class_="tokens")) == 2 * len(texts)
     assert len(page.all("span", class_="token")) == 3 + 2 * sum(len(text["pieces"]) for text in texts)
     assert "Not causal: " in page.text
+
+
+def test_a_trained_model_is_compared_with_what_it_was_trained_from(place, capsys):
+    said(capsys, "new expert_choice.json --tokenizer bpe:300 --data corpus.jsonl --out m")
+    (place / "run.json").write_text(
+        json.dumps({"model": "m", "data": "corpus.jsonl", "num_steps": 2, "max_length": 32, "output_dir": "r"})
+    )
+    said(capsys, "train run.json")
+    _, before = evaluated(capsys, "m")
+    _, after = evaluated(capsys, "r/step_2", stage="finetuned_recursive")
+    assert after["base"] == {**before["base"], "address": "m"}
+    assert after["method"] == before["method"] == "mor"
+    assert before["training"] is None and after["training"]["figures"]["steps"] == 2
+    files = "e/baseline_results.json e/finetuned_recursive_results.json"
+    assert f"{after['figures']['nll'] - before['figures']['nll']:+.3g}" in said(capsys, f"compare {files}")
+    # As a baseline a trained model is its own base, of what is made of it, and says that it was trained.
+    shown, again = evaluated(capsys, "r/step_2", folder="later")
+    assert again["training"] == after["training"] and again["base"]["address"] == str(place / "r/step_2")
+    assert "r/step_2 was trained from m, in 2 steps: this is the baseline of what is made of it" in shown
+    message = refused(capsys, "compare later/baseline_results.json e/finetuned_recursive_results.json")
+    assert "are of different bases" in message and "`deepen evaluate m --stage baseline`" in message
 
 
 def test_recursions_that_cannot_be_run_are_refused(place, capsys):

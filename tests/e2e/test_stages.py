@@ -106,9 +106,25 @@ def test_a_model_that_was_trained_as_a_whole_goes_back_to_its_base(made, corpus,
     assert "are of different bases" in capsys.readouterr().err
 
 
+def test_a_base_that_was_trained_with_its_adapter_goes_back_to_what_it_was(made, corpus, tmp_path, capsys):
+    both = train(tmp_path / "both", corpus, method="trm", config="trm-scratch")
+    assert evaluate(both, "finetuned_recursive", tmp_path, corpus) == 0
+    found, before = results(tmp_path, "finetuned_recursive"), results(made, "baseline")
+    assert found["base"] == before["base"] and found["method"] == "trm"
+    files = [str(made / "baseline_results.json"), str(tmp_path / "finetuned_recursive_results.json")]
+    assert main(["compare", *files]) == 0
+    # What is left without the adapter was trained, too.
+    capsys.readouterr()
+    assert evaluate(both, "baseline", tmp_path, corpus) == 0
+    assert f"{both} was trained from tiny:llama, in 4 steps" in " ".join(capsys.readouterr().out.split())
+    again = results(tmp_path, "baseline")
+    assert again["training"] == found["training"] and again["base"]["address"] == str(both / "base")
+
+
 @pytest.mark.parametrize(
     ("model", "stage", "message"),
     [
+        ("recursive/step_4", "after_surgery", "was trained; measure it as finetuned_recursive"),
         ("vanilla/step_4", "finetuned_recursive", "decodes as a plain model does"),
         ("recursive/step_4", "finetuned_vanilla", "is not a base that was trained further"),
         ("toy", "finetuned_recursive", "has no ledger.json"),

@@ -359,6 +359,14 @@ class TestStagePlots:
             ("after_surgery (not trained)", ""),
         ]
 
+    def test_a_baseline_that_was_trained_before_is_a_line_and_says_so(self):
+        stages = four_stages()
+        stages[0] = replace(stages[0], training=stages[2].training)
+        plot = by_title(stages)["Quality against training FLOPs"]
+        assert [row[0] for row in plot.numbers.rows[2:]] == ["baseline (trained before)", "after_surgery (not trained)"]
+        left_out = by_title(stages[:2])["Quality against training FLOPs"]
+        assert left_out.picture is None and "baselines aside" in left_out.caption
+
     def test_histograms_are_shares_of_each_stage(self):
         plot = by_title(four_stages())["Passes per chunk"]
         assert plot.numbers.head[1:] == tuple(f"{results.stage}, %" for results in four_stages())

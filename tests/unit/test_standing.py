@@ -118,6 +118,12 @@ class TestStanding:
             assert "there has no ledger.json" in message and "after_surgery an adapter that is not trained" in message
             require_standing(stage, opened, address="there", training=self.TRAINING, origin=None)
 
+    def test_a_trained_adapter_no_longer_stands_after_surgery(self):
+        opened = built(*RECURSIVE[0])
+        message = self.refused("after_surgery", opened, training=self.TRAINING)
+        assert "there was trained; measure it as finetuned_recursive" in message
+        require_standing("baseline", opened, address="there", training=self.TRAINING, origin=None)
+
     def test_a_plain_model_stands_where_its_origin_is_known(self, tmp_path):
         opened = open_model("tiny:llama")
         assert "measures an adapter folder, as `deepen graft` writes it" in self.refused("after_surgery", opened)

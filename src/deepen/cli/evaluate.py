@@ -84,6 +84,8 @@ def run(options: Options) -> int:
     with progress("tokens read and written", total=config.num_tokens) as advance:
         results, path = run_stage(config, advance=advance)
     print_facts(_facts(results["figures"], results["looking_ahead"]), title=f"{config.model}, {config.stage}")
+    if config.stage == "baseline" and results["training"] is not None:
+        print(_trained_before(config.model, results["training"]))
     if results["depths"] is not None:
         _print_depths(results["depths"])
     if results["by_difficulty"] is not None:
@@ -118,6 +120,12 @@ def _facts(figures: Mapping[str, Any], looking_ahead: Mapping[str, Any] | None) 
         "perturbation test": f"passed: nothing before a changed token moved by more than {figures['largest_move']:g}",
         **told,
     }
+
+
+def _trained_before(model: str, training: Mapping[str, Any]) -> str:
+    origin, steps = (training["run"] or {}).get("model"), training["figures"]["steps"]
+    before, way_out = (f" from {origin}", f"; that of its own training is {origin}") if origin else ("", "")
+    return f"{model} was trained{before}, in {steps} steps: this is the baseline of what is made of it{way_out}"
 
 
 def _looking_ahead(figures: Mapping[str, Any]) -> str:

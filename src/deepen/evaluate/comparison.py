@@ -120,8 +120,17 @@ def _require_one_base(reference: Column, other: Column) -> None:
             raise DeepenError(
                 f"{other.path} and {reference.path} are of different bases: base.{field} is {theirs} "
                 f"({other.results.base.address}) and {mine} ({reference.results.base.address}); compare stages of one "
-                "base model"
+                f"base model{_way_to_its_baseline(reference, other)}"
             )
+
+
+def _way_to_its_baseline(reference: Column, other: Column) -> str:
+    """For whoever takes a trained model for the baseline of its own training."""
+    if reference.results.stage != "baseline" or other.results.stage == "baseline":
+        return ""
+    return (
+        f". The baseline of {other.path} is what `deepen evaluate {other.results.base.address} --stage baseline` says"
+    )
 
 
 def _require_same_documents(reference: Column, other: Column) -> None:

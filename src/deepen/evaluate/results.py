@@ -133,14 +133,15 @@ class StageResults(Config):
     `method_config` the method's with every field, None for a base alone. `figures` are over `documents`, `generation`
     over `answers` (None without any); `left_out` names the prompts that don't fit into the model's context. `speed`
     has a line for each domain and path, None where nothing was timed; its `against_plain` is None where the base alone
-    can't decode. `checks` are what the figures' meaning rests on.
-    `training` is None for what no run of `deepen train` made, and in files of earlier versions. `looking_ahead` has the
-    figures of a model that is trained by decisions that look at later tokens, by such decisions; None for all others.
-    `depths` is None where all tokens run the same depth, and `at_recursions`, the same model run with other numbers of
-    recursions, where none were asked for; both in files of earlier versions. `by_difficulty` has a line for each
-    difficulty, None where no document tells its own, and in files of earlier versions.
+    can't decode. `checks` are what the figures' meaning rests on. `training` is None for what no run of `deepen train`
+    made, and in files of earlier versions; a baseline has one where its own weights come of a run. `looking_ahead` has
+    the figures of a model that is trained by decisions that look at later tokens, by such decisions; None for all
+    others. `depths` is None where all tokens run the same depth, and `at_recursions`, the same model run with other
+    numbers of recursions, where none were asked for; both in files of earlier versions. `by_difficulty` has a line for
+    each difficulty, None where no document tells its own, and in files of earlier versions.
 
-    For a model that was trained as a whole, `base` is what it was trained from, and `method` what trained it.
+    Behind the baseline, `base` is what a run began from, also where it trained all weights and nothing of them is left;
+    for a plain model `method` is then what trained it.
     """
 
     format: int

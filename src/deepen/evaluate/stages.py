@@ -35,7 +35,7 @@ from deepen.evaluate.recursions import at_each_depth, measure_each
 from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, AtRecursions, BaseOfStage, StageResults
 from deepen.evaluate.scoring import FIRST_SCORED, Measured, Scorer, guard_row, measure
 from deepen.evaluate.speed import our_paths, path_figures, time_paths
-from deepen.evaluate.standing import require_recursion, require_standing
+from deepen.evaluate.standing import has_own_base, require_recursion, require_standing
 from deepen.evaluate.training import read_origin, read_training
 from deepen.generate.plain import PlainDecoder
 from deepen.generate.scoring import score_at_once, score_in_chunks
@@ -179,8 +179,10 @@ class _Stage:
         context = self._backbone.context_length
         self._config = replace(config, max_length=min(config.max_length, context or config.max_length))
         of_base = config.stage == "baseline"
-        self._training = None if of_base else read_training(config.model)
-        self._origin = None if of_base or opened.model is not None else read_origin(config.model)
+        # A run has made what a checkpoint has beside its adapter only where it trained that, too.
+        is_own_base = has_own_base(opened, address=config.model)
+        self._training = read_training(config.model) if is_own_base or not of_base else None
+        self._origin = read_origin(config.model) if is_own_base and not of_base else None
         require_standing(config.stage, opened, address=config.model, training=self._training, origin=self._origin)
         # A model that its method brings is its own base: nothing is left of it without the method.
         is_own = self._backbone.own_method is not None
@@ -346,12 +348,11 @@ class _Stage:
 
     def _subject(self) -> tuple[BaseOfStage, str | None, dict[str, Any] | None]:
         """The base that this stage goes back to, and the method with its configuration, if there is one."""
-        if self._origin is not None:
-            return self._origin.base, self._origin.method, self._origin.method_config
-        base = BaseOfStage(**vars(self._opened.identity))
-        if self._model is None or self._opened.method is None:
-            return base, None, None
-        return base, self._opened.method.name, self._model.config.to_dict()
+        origin = self._origin
+        base = BaseOfStage(**vars(self._opened.identity)) if origin is None else origin.base
+        if self._model is not None and self._opened.method is not None:
+            return base, self._opened.method.name, self._model.config.to_dict()
+        return (base, None, None) if origin is None else (base, origin.method, origin.method_config)
 
     def _left_out(self) -> tuple[str, ...]:
         if self._config.max_new_tokens == 0:

@@ -3,15 +3,16 @@
 | stage | model |
 |---|---|
 | baseline | any; measured is its base alone, or a model that its method brings |
-| after_surgery | an adapter |
+| after_surgery | an adapter that no run has trained |
 | finetuned_vanilla | what `deepen train` made and decodes as a plain model does: an adapter, or a whole model |
 | finetuned_recursive | what `deepen train` made with a method, and decodes otherwise or promises its base's output |
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from deepen.backbones.hf import Backbone
-from deepen.checkpoint import Opened
+from deepen.checkpoint import OWN_BASE, Opened, base_address
 from deepen.core.errors import CannotScore
 from deepen.core.method import Decoder
 from deepen.evaluate.recording import Recorder
@@ -40,12 +41,27 @@ def require_standing(
             f"{address} is a model that the method {opened.backbone.own_method.name} brings, and nothing was grafted "
             "onto it; measure it as baseline before training, and as finetuned_recursive after"
         )
+    if stage == "after_surgery" and training is not None:
+        raise CannotScore(
+            f"{address} was trained; measure it as finetuned_recursive, or as finetuned_vanilla if nothing recurs "
+            "(stage after_surgery measures an adapter as `deepen graft` writes it, which has learned nothing)"
+        )
     if stage != "after_surgery" and training is None:
         raise CannotScore(
             f"{address} has no {LEDGER}, which `deepen train` leaves beside what it has trained, so nothing tells what "
             f"its training cost; stage {stage} measures a checkpoint's folder (OUTPUT_DIR/step_N), and after_surgery "
             "an adapter that is not trained"
         )
+
+
+def has_own_base(opened: Opened, *, address: str) -> bool:
+    """Whether the folder `address` holds all weights of its model, so that a run may have trained every one of them.
+
+    That is a plain model, one that its method brings, or an adapter beside the base that was trained with it.
+    """
+    if opened.model is None or opened.backbone.own_method is not None:
+        return True
+    return Path(base_address(address)) == Path(address).expanduser() / OWN_BASE
 
 
 def _require_whole_model_fits(stage: str, address: str, origin: Origin | None) -> None:

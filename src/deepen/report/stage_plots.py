@@ -76,17 +76,20 @@ def _quality(comparison: Mapping[str, Any], columns: Sequence[Column]) -> Plot:
     reference = comparison["reference"]
     nll = next(row for row in comparison["metrics"] if row["name"] == "nll")
     trained = [
-        _trained(number, column.label, column.results.training, nll, reference)
+        _trained(number, column.label, cost, nll, reference)
         for number, column in enumerate(columns)
-        if column.results.training is not None
+        if (cost := _cost(column)) is not None
     ]
     others = [
-        Level(f"{column.label} (not trained)", number, nll["values"][column.label])
+        Level(f"{column.label} ({_before(column)})", number, nll["values"][column.label])
         for number, column in enumerate(columns)
-        if column.results.training is None
+        if _cost(column) is None
     ]
     if not trained:
-        return Plot(title, "Left out: no stage here was made by a training run whose ledger.json says what it cost.")
+        return Plot(
+            title,
+            "Left out: no stage here was made by a training run whose ledger.json says what it cost, baselines aside.",
+        )
     picture = lines(
         trained,
         title=title,
@@ -103,11 +106,20 @@ def _quality(comparison: Mapping[str, Any], columns: Sequence[Column]) -> Plot:
     return Plot(
         title,
         f"A bar is the 95 % interval of the difference from {reference}, which it is drawn beside. Lines across are "
-        "models that no run of ours has trained. FLOPs are those of the run that made the checkpoint, without any run "
-        "before it.",
+        "baselines, and models that no run of ours has trained. FLOPs are those of the run that made the checkpoint, "
+        "without any run before it.",
         together((picture, legend(names))),
         Table(("stage", "training FLOPs", "nats per token", "bar"), tuple(rows)),
     )
+
+
+def _cost(column: Column) -> TrainingOfStage | None:
+    """Of the training that the plot is about: that of a baseline lies before all that is compared with it."""
+    return None if column.results.stage == "baseline" else column.results.training
+
+
+def _before(column: Column) -> str:
+    return "not trained" if column.results.training is None else "trained before"
 
 
 def _trained(number: int, label: str, training: TrainingOfStage, nll: Mapping[str, Any], reference: str) -> Series:
