@@ -94,6 +94,20 @@ def test_a_graft_that_is_not_its_base_fails(stages, corpus, tmp_path, capsys):
     assert not verdict["holds"] and verdict["ids_equal"] is False and abs(verdict["delta_nll"]) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "reason"),
+    [("4", "with max_new_tokens 8, and"), ("0", "evaluate both with max_new_tokens above 0")],
+)
+def test_answers_that_cannot_be_compared_are_no_verdict(stages, corpus, tmp_path, capsys, num_tokens, reason):
+    evaluate(stages / "adapter", "after_surgery", tmp_path, corpus, "--max_new_tokens", num_tokens)
+    capsys.readouterr()
+    files = [str(stages / "baseline_results.json"), str(tmp_path / "after_surgery_results.json")]
+    assert main(["compare", *files]) == 2
+    shown = capsys.readouterr().out
+    assert "NOT JUDGED: " in shown and reason in shown and "NOT EQUAL" not in shown
+    assert "tokens_per_second: the machine's speed in one run of each stage" in shown
+
+
 def test_in_bfloat16_figures_count(stages, corpus, tmp_path, capsys):
     for stage in ("baseline", "after_surgery"):
         evaluate(stages / "adapter", stage, tmp_path, corpus, "--dtype", "bfloat16")

@@ -100,6 +100,22 @@ class TestDifferences:
         difference = row(found, "tokens_per_pass")["differences"]["after_surgery"]
         assert difference == {"delta": 3.0, "interval_95": None}
 
+    def test_answers_of_other_lengths_are_no_pairs(self):
+        found = comparison(stage(), exact(config={"max_new_tokens": 5}))
+        differences = {each["name"]: each["differences"]["after_surgery"] for each in found["metrics"]}
+        assert differences["mean_length"] == {"delta": 0.0, "interval_95": None}
+        assert differences["distinct_2"]["interval_95"] is None and differences["nll"]["interval_95"] == (0.0, 0.0)
+
+    def test_a_machines_speed_has_no_interval_and_says_why(self):
+        later = tuple(replace(each, seconds=each.seconds * 2) for each in ANSWERS)
+        found = comparison(stage(), exact(answers=later))
+        speed = row(found, "tokens_per_second")
+        assert speed["differences"]["after_surgery"]["delta"] < 0
+        assert speed["differences"]["after_surgery"]["interval_95"] is None
+        assert "the machine's speed in one run of each stage" in speed["note"]
+        assert [each["name"] for each in found["metrics"] if "note" in each] == ["tokens_per_second"]
+        assert row(found, "tokens_per_pass")["differences"]["after_surgery"]["interval_95"] == (0.0, 0.0)
+
     def test_what_only_one_has_has_no_difference(self):
         drafts = {"drafted": {"x": 4}, "judged": {"x": (1,)}, "agreed": {"x": (1,)}}
         found = comparison(stage(), exact(answers=(answer("moon", **drafts), answer("bread", (9, 9, 4), **drafts))))
@@ -233,10 +249,15 @@ class TestEquality:
             ({"config": {"max_new_tokens": 5}}, "2 prompts with max_new_tokens 4, and 2 with 5"),
         ],
     )
-    def test_without_answers_to_compare_nothing_is_shown_to_be_equal(self, fields, message):
-        verdict = equality(stage(), exact(**fields))
-        assert verdict.ids_equal is None and not verdict.holds
-        assert message in verdict.ids
+    def test_without_answers_to_compare_nothing_is_judged(self, fields, message):
+        for grafted in (exact(**fields), exact(exact=False, **fields)):
+            verdict = equality(stage(), grafted)
+            assert verdict.ids_equal is verdict.holds is None
+            assert message in verdict.ids
+
+    @pytest.mark.parametrize("promised", [True, False])
+    def test_scores_that_differ_need_no_answers(self, promised):
+        assert equality(stage(), exact(exact=promised, answers=(), documents=moved(1e-3))).holds is False
 
     @pytest.mark.parametrize(("share", "holds"), [(0.0, True), (9e-4, True), (-9e-4, True), (1.1e-3, False)])
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -515,6 +515,16 @@ class TestPage:
             {"class": "verdict fails"}
         ]
 
+    def test_what_could_not_be_judged_is_said(self):
+        stages = four_stages()[:2]
+        page = page_of([stages[0], replace(stages[1], answers=())])
+        assert "after_surgery was NOT JUDGED against baseline" in page.text
+        assert "evaluate both with max_new_tokens above 0" in page.text
+        assert not page.all("div", class_="verdict fails")
+
+    def test_a_machines_speed_is_said_to_be_one(self):
+        assert "tokens_per_second: the machine's speed in one run" in page_of(four_stages()[:2]).text
+
     def test_without_a_graft_nothing_is_judged(self):
         stages = four_stages()
         assert "Nothing was judged" in page_of([stages[0], stages[2]]).text

@@ -19,7 +19,7 @@ class Options:
 
     Prints every metric with its difference from the baseline and a 95 % interval of it (bootstrap over the documents
     or prompts that both have), costs, and the settings that differ. Exit status 1 if an after_surgery stage is not
-    equal to the baseline.
+    equal to the baseline, 2 if that can't be judged, as the two didn't answer the same.
     """
 
     stages: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STAGE|FILE")]
@@ -42,7 +42,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Read, compare, print; 1 if an equality verdict fails."""
+    """Read, compare, print; 1 if an equality verdict fails, 2 if there is none where there should be."""
     from deepen.core.files import write_json
     from deepen.evaluate.comparison import columns, compare_stages
     from deepen.evaluate.results import StageResults
@@ -70,7 +70,13 @@ def run(options: Options) -> int:
     _print(comparison)
     for written in filter(None, (options.out, options.html)):
         print(f"written to {written}")
-    return 0 if all(verdict["holds"] for verdict in comparison["equality"]) else 1
+    return _status([verdict["holds"] for verdict in comparison["equality"]])
+
+
+def _status(verdicts: Sequence[bool | None]) -> int:
+    if False in verdicts:
+        return 1
+    return 2 if None in verdicts else 0
 
 
 def _path(given: str, folder: str) -> str:
@@ -88,6 +94,8 @@ def _print(comparison: Mapping[str, Any]) -> None:
     print(f"differences are from {reference}")
     print()
     _print_metrics(comparison["metrics"], labels, reference)
+    for noted in (row for row in comparison["metrics"] if "note" in row):
+        print(f"{noted['name']}: {noted['note']}")
     for part in ("counts", "ledger", "training", "speed", "seconds"):
         _print_rows(part, labels, comparison[part])
     _print_rows("depth of tokens", labels, comparison["depths"])
@@ -151,4 +159,11 @@ def _has_long_lists(row: Mapping[str, Any]) -> bool:
 def _verdict(verdict: Mapping[str, Any]) -> dict[str, str]:
     facts = {"asked": verdict["criterion"], "greedy ids": verdict["ids"], "scores": verdict["nll"]}
     facts |= {f"note {number}": note for number, note in enumerate(verdict["notes"], start=1)}
-    return facts | {"verdict": "the grafted model is the base" if verdict["holds"] else "NOT EQUAL to the base"}
+    return facts | {"verdict": _VERDICTS[verdict["holds"]]}
+
+
+_VERDICTS = {
+    True: "the grafted model is the base",
+    False: "NOT EQUAL to the base",
+    None: "NOT JUDGED: there are no greedy ids to compare, and the scores don't tell",
+}

@@ -4,7 +4,7 @@ Free of torch.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,17 @@ from deepen.core.errors import DeepenError
 from deepen.evaluate.depths import DepthsOfStage
 from deepen.evaluate.equality import equality
 from deepen.evaluate.metrics import ANSWER_METRICS, DOCUMENT_METRICS, Metric
-from deepen.evaluate.results import Answer, ScoredDocument, StageResults, TrainingOfStage
+from deepen.evaluate.results import StageResults, TrainingOfStage
 
 FORMAT = 1
 NUM_RESAMPLES = 1000
 
+_CLOCKED = "the machine's speed in one run of each stage, so without an interval; `evaluate --speed` times it"
+
 _DRAWN_AT_ONCE = 1_000_000
+
+# Documents or answers of a column, by name.
+_OfColumn = list[tuple[str, Any]]
 
 # They say where the results are, what the column is called already, or what was measured beside all that is compared.
 _NO_SETTINGS = ("stage", "output_dir", "recursions")
@@ -31,8 +36,9 @@ _NO_SETTINGS = ("stage", "output_dir", "recursions")
 class Difference:
     """One metric of a stage less that of the reference, and where 95 % of it lies over resampled documents or prompts.
 
-    The interval tells how far other documents would move the difference; nothing of how a machine's speed varies. It
-    is None for a single document, and where the two stages didn't answer the same prompts.
+    The interval tells how far other documents would move the difference; nothing of how a machine's speed varies, which
+    has none. It is None, too, for a single document, and where the two stages didn't answer the same prompts, or not
+    with as many tokens at most.
     """
 
     delta: float | None
@@ -81,6 +87,11 @@ def compare_stages(given: Sequence[Column], *, seed: int = 0) -> dict[str, Any]:
     for column in others:
         _require_one_base(reference, column)
         _require_same_documents(reference, column)
+    asked = {column.label: column.results.config.get("max_new_tokens") for column in given}
+    alike = {label for label, number in asked.items() if number == asked[reference.label]}
+    documents, answers = (
+        {column.label: by_name(column.results) for column in given} for by_name in (_by_id, _by_prompt)
+    )
     return {
         "format": FORMAT,
         "deepen_version": __version__,
@@ -90,8 +101,8 @@ def compare_stages(given: Sequence[Column], *, seed: int = 0) -> dict[str, Any]:
             {"label": c.label, "path": c.path, "stage": c.results.stage, "method": c.results.method} for c in given
         ],
         "metrics": [
-            *_metrics(DOCUMENT_METRICS, {c.label: _by_id(c.results.documents) for c in given}, reference.label, seed),
-            *_metrics(ANSWER_METRICS, {c.label: _by_prompt(c.results.answers) for c in given}, reference.label, seed),
+            *_metrics(DOCUMENT_METRICS, documents, reference.label, seed, alike={*documents}),
+            *_metrics(ANSWER_METRICS, answers, reference.label, seed, alike=alike),
         ],
         "counts": _rows({c.label: _counts(c.results) for c in given}),
         "depths": _rows({c.label: _depths(c.results.depths) for c in given if c.results.depths is not None}),
@@ -156,41 +167,39 @@ def _require_same_documents(reference: Column, other: Column) -> None:
     )
 
 
-def _by_id(documents: Sequence[ScoredDocument]) -> list[tuple[str, ScoredDocument]]:
+def _by_id(results: StageResults) -> _OfColumn:
     """Sorted, so that those of two files pair up; two of one id hold the same text."""
-    return sorted(((document.id, document) for document in documents), key=lambda entry: entry[0])
+    return sorted(((document.id, document) for document in results.documents), key=lambda entry: entry[0])
 
 
-def _by_prompt(answers: Sequence[Answer]) -> list[tuple[str, Answer]]:
-    return sorted(((answer.prompt, answer) for answer in answers), key=lambda entry: entry[0])
+def _by_prompt(results: StageResults) -> _OfColumn:
+    return sorted(((answer.prompt, answer) for answer in results.answers), key=lambda entry: entry[0])
 
 
-_Units = Mapping[str, list[tuple[str, Any]]]
-
-
-def _metrics(metrics: Sequence[Metric], units: _Units, reference: str, seed: int) -> list[dict[str, Any]]:
-    """Those that at least one column has a value for."""
+def _metrics(
+    metrics: Sequence[Metric], units: Mapping[str, _OfColumn], reference: str, seed: int, *, alike: Set[str]
+) -> list[dict[str, Any]]:
+    """Those that at least one column has a value for; the units of `alike` were asked as the reference's were."""
     rows = []
     for metric in metrics:
         values = {label: metric.over([unit for _, unit in of_column]) for label, of_column in units.items()}
         differences = {
-            label: asdict(_difference(metric, units[reference], units[label], seed))
+            label: asdict(_difference(metric, units[reference], units[label], seed, alike=label in alike))
             for label in units
             if label != reference
         }
         if any(value is not None for value in values.values()):
-            rows.append({"name": metric.name, "values": values, "differences": differences})
+            note = {"note": _CLOCKED} if metric.clocked else {}
+            rows.append({"name": metric.name, "values": values, "differences": differences, **note})
     return rows
 
 
-def _difference(
-    metric: Metric, reference: list[tuple[str, Any]], other: list[tuple[str, Any]], seed: int
-) -> Difference:
+def _difference(metric: Metric, reference: _OfColumn, other: _OfColumn, seed: int, *, alike: bool) -> Difference:
     mine, theirs = ([unit for _, unit in side] for side in (reference, other))
     before, after = metric.over(mine), metric.over(theirs)
     if before is None or after is None:
         return Difference(None, None)
-    paired = [name for name, _ in reference] == [name for name, _ in other]
+    paired = alike and not metric.clocked and [name for name, _ in reference] == [name for name, _ in other]
     return Difference(after - before, _interval(metric, mine, theirs, seed) if paired else None)
 
 

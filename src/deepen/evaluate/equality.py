@@ -29,10 +29,11 @@ _NLL = next(metric for metric in DOCUMENT_METRICS if metric.name == "nll")
 class Equality:
     """The verdict, what was asked, and what was found; `delta_nll` is in nats a token.
 
-    `ids_equal` is None where there is nothing to compare; a verdict that asks for equal ids then fails.
+    `ids_equal` is None where there is nothing to compare. What asks for equal ids is then not judged, and `holds` is
+    None, unless the scores differ, which is verdict enough.
     """
 
-    holds: bool
+    holds: bool | None
     criterion: str
     ids_equal: bool | None
     ids: str
@@ -51,14 +52,13 @@ def equality(baseline: StageResults, grafted: StageResults) -> Equality:
     coarse = any(stage.environment.get("dtype") not in _FINE for stage in (baseline, grafted))
     if coarse:
         criterion = f"nats a token less than {COARSE_NLL_SHARE:.1%} apart, in this dtype"
-        scores_fit = delta == 0 or abs(delta) < COARSE_NLL_SHARE * before
-        holds = scores_fit
+        holds: bool | None = delta == 0 or abs(delta) < COARSE_NLL_SHARE * before
     elif _same_bits(grafted):
         criterion = "greedy ids equal, nats a token exactly equal"
-        holds = ids_equal is True and delta == 0 and num_moved == 0
+        holds = ids_equal if delta == 0 and num_moved == 0 else False
     else:
         criterion = f"greedy ids equal, nats a token less than {NLL_TOLERANCE:g} apart"
-        holds = ids_equal is True and abs(delta) < NLL_TOLERANCE
+        holds = ids_equal if abs(delta) < NLL_TOLERANCE else False
     nll = f"{delta:+.3g} nats a token ({delta / before:+.2g} of the baseline's)" if before else f"{delta:+.3g}"
     if num_moved:
         nll += f"; {num_moved} of {len(baseline.documents)} documents moved, one by {widest:.2g} nats a token"

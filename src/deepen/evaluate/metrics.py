@@ -27,12 +27,16 @@ def _exp(ratio: Any) -> Any:
 
 @dataclass(frozen=True)
 class Metric:
-    """`finish(sum of numerators / sum of denominators)`: a mean over all that was counted, never a mean of means."""
+    """`finish(sum of numerators / sum of denominators)`: a mean over all that was counted, never a mean of means.
+
+    One that is `clocked` is of seconds: how it varies tells of the machine, and documents or prompts say nothing of it.
+    """
 
     name: str
     numerator: Callable[[Any], float]
     denominator: Callable[[Any], float]
     finish: Callable[[Any], Any] = _unchanged
+    clocked: bool = False
 
     def over(self, units: Sequence[Any]) -> float | None:
         """Its value over these documents or answers; None where nothing was counted, or it is too large for a number.
@@ -97,7 +101,7 @@ ANSWER_METRICS: tuple[Metric, ...] = (
     _where_told("layer_applications", "layer_applications_per_token", _length),
     Metric("decode_flops_per_token", lambda answer: answer.flops, _length),
     _where_told("prompt_flops", "prompt_flops_per_token", lambda answer: answer.num_prompt_tokens),
-    Metric("tokens_per_second", _length, lambda answer: answer.seconds),
+    Metric("tokens_per_second", _length, lambda answer: answer.seconds, clocked=True),
     Metric(
         "acceptance",
         lambda answer: sum(map(sum, answer.agreed.values())),

@@ -148,18 +148,14 @@ def _equality(verdicts: Sequence[Mapping[str, Any]], reference: str) -> Markup:
 
 
 def _verdict(verdict: Mapping[str, Any], reference: str) -> Markup:
-    said = (
-        f"{verdict['label']} is equal to {reference}"
-        if verdict["holds"]
-        else f"{verdict['label']} is NOT equal to {reference}"
-    )
+    relation = {True: "is equal to", False: "is NOT equal to", None: "was NOT JUDGED against"}[verdict["holds"]]
     facts = [("asked", verdict["criterion"]), ("greedy ids", verdict["ids"]), ("scores", verdict["nll"])]
     facts += [("note", note) for note in verdict["notes"]]
     return element(
         "div",
-        element("h3", said),
+        element("h3", f"{verdict['label']} {relation} {reference}"),
         element("dl", ((element("dt", name), element("dd", value)) for name, value in facts)),
-        class_="verdict" if verdict["holds"] else "verdict fails",
+        class_="verdict fails" if verdict["holds"] is False else "verdict",
     )
 
 

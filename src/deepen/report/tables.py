@@ -28,8 +28,10 @@ def values_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], *, ca
 
 def metrics_table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], *, reference: str) -> Markup:
     """Each metric of each stage; below it the difference from the reference and its interval."""
+    meaning = f"Below each value: its difference from {reference} and, in brackets, the 95 % interval of that."
+    notes = (f"{row['name']}: {row['note']}." for row in rows if "note" in row)
     return _scrolling(
-        f"Below each value: its difference from {reference} and, in brackets, the 95 % interval of that.",
+        " ".join((meaning, *notes)),
         element("thead", element("tr", (element("th", each, scope="col") for each in ("metric", *labels)))),
         element("tbody", (_metric(row, labels, reference) for row in rows)),
     )
