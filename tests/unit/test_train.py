@@ -17,6 +17,7 @@ import deepen.methods
 from deepen.backbones.identity import fingerprint
 from deepen.checkpoint import open_model
 from deepen.cli import train as cli_train
+from deepen.cli.main import main
 from deepen.core.errors import ConfigError, DeepenError
 from deepen.core.method import RecursiveModel
 from deepen.core.types import LossTerm, Mean, Progress, StepOutput, Work
@@ -467,6 +468,74 @@ class TestCommand:
         with pytest.raises(ConfigError, match=message) as refusal:
             cli_train.run(cli_train.Options(run=str(tmp_path / "run.json"), num_steps=1))
         assert str(tmp_path / "run.json") in str(refusal.value)
+
+
+@pytest.fixture
+def resolved(run_config, tmp_path, monkeypatch):
+    """The configuration that `deepen train` comes to with these flags over a file with these fields; nothing runs."""
+
+    def resolve(*flags: str, **fields: object) -> RunConfig:
+        found: list[RunConfig] = []
+        monkeypatch.setattr("deepen.train.run.train", lambda config: found.append(config) or tmp_path)
+        (tmp_path / "run.json").write_text(json.dumps({**run_config.to_dict(), **fields}))
+        assert main(["train", str(tmp_path / "run.json"), *flags]) == 0
+        return found[0]
+
+    return resolve
+
+
+@pytest.fixture
+def refused(run_config, tmp_path, capsys):
+    """What `deepen train` says of flags that it must refuse."""
+
+    def run(*flags: str, **fields: object) -> str:
+        (tmp_path / "run.json").write_text(json.dumps({**run_config.to_dict(), **fields}))
+        capsys.readouterr()
+        assert main(["train", str(tmp_path / "run.json"), *flags]) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+class TestFieldsOfTheMethod:
+    def test_a_switch_has_three_states(self, resolved):
+        assert resolved().overrides is None
+        for flags in (["--enable-recursive"], ["--enable_recursive"]):
+            assert resolved(*flags).overrides == {"recursive_enabled": True}
+        for flags in (["--no-enable-recursive"], ["--no_enable_recursive"]):
+            assert resolved(*flags).overrides == {"recursive_enabled": False}
+
+    def test_a_control_without_recursion_is_never_a_run_with_it(self, refused, run_config):
+        of_chunk = {"method": "chunk", "config": "recursive_phase_b", "max_length": 64}
+        message = refused("--no-enable-recursive", **of_chunk)
+        assert "nothing to train" in message or "recursive_enabled is false" in message
+        assert not Path(run_config.output_dir).exists()
+
+    def test_flags_and_overrides_are_merged(self, resolved):
+        set_too = ["--set", 'overrides={"width": 3}']
+        assert resolved("--phase", "c", *set_too).overrides == {"phase": "c", "width": 3}
+        assert resolved("--phase", "c", overrides={"width": 4}).overrides == {"phase": "c", "width": 4}
+        assert resolved("--phase", "c", overrides={"phase": "b"}).overrides == {"phase": "c"}
+        assert resolved("--phase", "c", "--set", "overrides=null").overrides == {"phase": "c"}
+
+    def test_one_field_in_two_flags_is_told(self, refused):
+        message = refused("--enable-recursive", "--set", 'overrides={"recursive_enabled": false}')
+        assert '--set overrides holds "recursive_enabled", which --enable_recursive sets too; keep one' in message
+
+    def test_a_field_of_the_method_in_the_runs_place_is_shown_its_own(self, refused, run_config):
+        told = """width is a field of toy's configuration, not of a run; give it in overrides, as --set 'overrides="""
+        assert told + """{"width": 3}'""" in refused("--set", "width=3")
+        assert told in refused(width=3)
+        assert 'unknown key "widht"' in refused("--set", "widht=3")
+
+    def test_also_where_the_model_brings_the_method(self, refused, run_config, tmp_path):
+        folder = train(run_config, show=silent)
+        message = refused("--set", "width=3", model=str(folder), method=None)
+        assert "width is a field of toy's configuration" in message
+
+    @pytest.mark.parametrize("text", ['{"a":', "[1, 2"])
+    def test_what_begins_as_json_and_is_none_is_told(self, refused, text):
+        assert f"--set overrides={text} is not JSON: Expecting" in refused("--set", f"overrides={text}")
 
 
 def test_the_order_of_data_is_the_runs_seed(run_config):

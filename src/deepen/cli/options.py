@@ -28,8 +28,8 @@ OptionalNumber = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 def read_settings(texts: Sequence[str]) -> dict[str, Any]:
     """The fields that `KEY=VALUE` texts set; a value is JSON if it can be read so, else the text itself.
 
-    Raises `ConfigError` for a text without "=", or a key that is set twice. Whether there is such a field, and what it
-    may hold, is for its configuration to say.
+    Raises `ConfigError` for a text without "=", a list or an object that is no JSON, or a key that is set twice.
+    Whether there is such a field, and what it may hold, is for its configuration to say.
     """
     settings: dict[str, Any] = {}
     for text in texts:
@@ -38,7 +38,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f'--set "{text}" sets nothing; write it as KEY=VALUE, as in --set draft=lookup')
         if key in settings:
             raise ConfigError(f"--set {key} is given more than once; keep one")
-        settings[key] = _value(value)
+        settings[key] = _value(key, value)
     return settings
 
 
@@ -50,8 +50,10 @@ def require_new_folder(folder: Path) -> None:
         raise DeepenError(f"--out {folder} is a file; choose a folder, which may be new")
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as cause:
+        if text.lstrip().startswith(("{", "[")):  # no field's text begins so: it was meant as JSON
+            raise ConfigError(f"--set {key}={text} is not JSON: {cause.msg} at column {cause.colno}") from cause
         return text

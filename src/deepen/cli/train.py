@@ -1,13 +1,17 @@
 """deepen train"""
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from deepen.cli.options import OptionalInteger, OptionalName, OptionalNumber, OptionalText, Settings, read_settings
+from deepen.core import registry
 from deepen.core.errors import ConfigError
 from deepen.core.files import read_json
 
@@ -18,6 +22,8 @@ _OF_METHOD = {"enable_recursive": "recursive_enabled", "phase": "phase"} | {
     name: name for name in ("chunk_width", "max_inner_steps")
 }
 
+# --flag or --no-flag; neither sets nothing.
+OptionalSwitch = tyro.conf.DisallowNone[bool | None]
 OptionalRate = Annotated[float | Literal["auto"] | None, tyro.conf.arg(metavar="FLOAT|auto", aliases=["--lr"])]
 
 
@@ -46,7 +52,7 @@ class Options:
     config: Annotated[str | None, tyro.conf.arg(metavar="TEXT", aliases=["--recursive-config"])] = None
     """The method's configuration: a preset or a file."""
 
-    enable_recursive: bool = False
+    enable_recursive: OptionalSwitch = None
     """Set the field recursive_enabled of the method's configuration."""
 
     phase: OptionalName = None
@@ -106,7 +112,9 @@ def run(options: Options) -> int:
     from deepen.train.config import RunConfig
     from deepen.train.run import train
 
-    config = RunConfig.from_dict(_with_flags(options), source=options.run)
+    fields = _with_flags(options)
+    _require_fields_of_a_run(fields, [field.name for field in dataclass_fields(RunConfig)])
+    config = RunConfig.from_dict(fields, source=options.run)
     print(json.dumps(config.to_dict(), indent=2))
     print(f"trained model: {train(config)}")
     return 0
@@ -123,17 +131,58 @@ def _with_flags(options: Options) -> dict[str, Any]:
         for name, value in asdict(options).items()
         if value is not None and name not in ("run", "set", *_OF_METHOD)
     }
-    if overrides := _of_method(options):
-        flags["overrides"] = {**(content.get("overrides") or {}), **overrides}
     if twice := sorted(given.keys() & flags.keys()):
         raise ConfigError(f"--set {twice[0]} is given as --{twice[0]} too; keep one")
-    return {**_without_other_budgets(content, {**flags, **given}), **flags, **given}
+    run = {**_without_other_budgets(content, {**flags, **given}), **flags, **given}
+    if of_method := _of_method(options):
+        run["overrides"] = _with_those_of_flags(run.get("overrides"), of_method, is_set="overrides" in given)
+    return run
 
 
 def _of_method(options: Options) -> dict[str, Any]:
-    """What flags set in the method's configuration; a switch that isn't given sets nothing."""
-    given = {field: getattr(options, flag) for flag, field in _OF_METHOD.items()}
-    return {field: value for field, value in given.items() if value is not None and value is not False}
+    """By flag, what sets a field of the method's configuration."""
+    given = {flag: getattr(options, flag) for flag in _OF_METHOD}
+    return {flag: value for flag, value in given.items() if value is not None}
+
+
+def _with_those_of_flags(overrides: Any, given: Mapping[str, Any], *, is_set: bool) -> Any:
+    """The method's fields with those of flags over them; those that --set holds (`is_set`) no flag may set too."""
+    if overrides is not None and not isinstance(overrides, dict):
+        return overrides  # for the configuration to refuse
+    held = overrides or {}
+    for flag in given if is_set else ():
+        if _OF_METHOD[flag] in held:
+            raise ConfigError(f'--set overrides holds "{_OF_METHOD[flag]}", which --{flag} sets too; keep one')
+    return {**held, **{_OF_METHOD[flag]: value for flag, value in given.items()}}
+
+
+def _require_fields_of_a_run(fields: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises `ConfigError` for a field of the method's configuration among those of the run, with its place."""
+    unknown = [name for name in fields if name not in known]
+    method = _method_of(fields) if unknown else None
+    if method is None:
+        return
+    of_method = inspect.signature(method.load_config_type()).parameters
+    if misplaced := {name: fields[name] for name in unknown if name in of_method}:
+        kind = "is a field" if len(misplaced) == 1 else "are fields"
+        raise ConfigError(
+            f"{', '.join(misplaced)} {kind} of {method.name}'s configuration, not of a run; give it in overrides, as "
+            f"--set 'overrides={json.dumps(misplaced)}'"
+        )
+
+
+def _method_of(fields: Mapping[str, Any]) -> registry.Method | None:
+    """The method that a run trains, as far as its fields and its model's folder tell."""
+    from deepen.checkpoint import MANIFEST, is_adapter
+
+    if isinstance(fields.get("method"), str):
+        return registry.get(fields["method"])
+    folder = Path(str(fields.get("model", ""))).expanduser()
+    if is_adapter(folder):
+        return registry.get(str(read_json(folder / MANIFEST).get("method")))
+    if (folder / "config.json").is_file():
+        return registry.method_of_architecture(str(read_json(folder / "config.json").get("model_type")))
+    return None
 
 
 def _without_other_budgets(content: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
