@@ -136,6 +136,18 @@ class TestDtypeAndDevice:
         assert load("tiny:llama", dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_model_without_memory_for_it_is_told(original, monkeypatch, error):
+    def loading(*args: object, **kwargs: object) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**60, dtype=torch.uint8)  # more than there is of main memory, which fails in its own way
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
+    with pytest.raises(DeepenError, match=r"\(0\.0 GB\) does not fit into the memory of cpu$"):
+        load(str(original), device="cpu")
+
+
 class TestDamage:
     """Each message names the file, and nothing is filled with random numbers instead."""
 

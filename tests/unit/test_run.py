@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepen.checkpoint import open_model
-from deepen.core.errors import ConfigError
+from deepen.core.errors import ConfigError, DeepenError
 from deepen.core.types import Progress
 from deepen.methods.dense.config import DenseConfig
 from deepen.methods.dense.model import DenseModel
@@ -136,6 +136,42 @@ class TestDivergence:
     def test_null_lets_it_go_on(self, run_config, monkeypatch):
         monkeypatch.setattr(run, "GuardConfig", guard_of_two_steps)
         train(replace(run_config, learning_rate=3.0, grad_clip=None, divergence_factor=None), show=silent)
+
+
+class TestMemory:
+    """Main memory runs out by itself: what is asked for is more than there is."""
+
+    def spoil(self, monkeypatch: pytest.MonkeyPatch, *, step: int, error: Exception | None = None) -> None:
+        original = DenseModel.train_step
+
+        def spoiled(self, batch, carry, progress):
+            if progress.step + 1 == step:
+                if error is not None:
+                    raise error
+                torch.empty(2**60, dtype=torch.uint8)
+            return original(self, batch, carry, progress)
+
+        monkeypatch.setattr(DenseModel, "train_step", spoiled)
+
+    @pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory")])
+    def test_the_ways_out_are_told_with_their_values(self, run_config, monkeypatch, error):
+        self.spoil(monkeypatch, step=3, error=error)
+        told = (
+            r"out of memory on cpu at step 3 of 6: raise num_micro_batches \(1\), .* lower batch_size \(4\) or "
+            r"max_length \(64\), or set recompute \(false\) to true; the last checkpoint before it is .*step_2$"
+        )
+        with pytest.raises(DeepenError, match=told):
+            train(replace(run_config, save_interval=2), show=silent)
+
+    def test_what_is_used_already_is_no_way_out(self, run_config, monkeypatch):
+        self.spoil(monkeypatch, step=1)
+        with pytest.raises(DeepenError, match=r"max_length \(64\); no checkpoint was made before it$"):
+            train(replace(run_config, recompute=True), show=silent)
+
+    def test_another_failure_stays_what_it_is(self, run_config, monkeypatch):
+        self.spoil(monkeypatch, step=1, error=RuntimeError("something else"))
+        with pytest.raises(RuntimeError, match=r"^something else$"):
+            train(run_config, show=silent)
 
 
 class TestLora:

@@ -51,6 +51,7 @@ from deepen.backbones.shapes import is_shape
 from deepen.core.errors import AddressError, CheckpointError, DeepenError, DownloadError, UnsupportedBackbone
 from deepen.core.files import read_json
 from deepen.core.hints import did_you_mean
+from deepen.core.memory import is_out_of_memory
 from deepen.data.download import announce
 from deepen.data.tokenizer import byte_tokenizer
 from deepen.data.vocabulary import tokenizer_fingerprint
@@ -283,9 +284,9 @@ def _load_model(
                 ignore_mismatched_sizes=True,  # or rather: leave it to us to refuse them
                 output_loading_info=True,
             )
-    except torch.OutOfMemoryError as cause:
-        raise DeepenError(f"{folder} ({num_bytes / 1e9:.1f} GB) does not fit into the memory of {place}") from cause
     except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as cause:
+        if is_out_of_memory(cause):
+            raise DeepenError(f"{folder} ({num_bytes / 1e9:.1f} GB) does not fit into the memory of {place}") from cause
         raise _not_loaded(folder, cause) from cause
     _check_report(folder, report)
     return model

@@ -14,6 +14,7 @@ from torch import Tensor
 from deepen.checkpoint import own_tensors, write_adapter, write_own_base, write_whole_model
 from deepen.core.errors import CheckpointError, ConfigError, DeepenError
 from deepen.core.files import write_json
+from deepen.core.memory import is_out_of_memory
 from deepen.core.method import ByDifficulty, Fitting
 from deepen.core.types import Progress, Work
 from deepen.data.formats import document_of
@@ -156,16 +157,14 @@ class _Run:
             folder = self._save(self.last)
             raise NotFinite(f"{stopped}; the state after step {self.last.step} is in {folder}") from stopped
         except Diverged as stopped:
-            kept = checkpoints_in(self.folder)
-            where = f"the last checkpoint before it is {kept[0]}" if kept else "no checkpoint was made before it"
-            raise Diverged(f"{stopped}; {where}") from stopped
+            raise Diverged(f"{stopped}; {self._last_checkpoint()}") from stopped
         finally:
             if self.record is not None:
                 self.record.close()
         return self._step_folder(self.num_steps)
 
     def _take(self, index: int, shown: Display) -> None:
-        report = self.steps.take(index)
+        report = self._step(index)
         self.last = report
         if self.guard is not None:
             self.guard.take(report.total, step=report.step)
@@ -185,6 +184,29 @@ class _Run:
         if self._is_due(report.step, self.config.save_interval) or report.step == self.num_steps:
             with self.pace.aside():
                 self._save(report)
+
+    def _step(self, index: int) -> StepReport:
+        try:
+            return self.steps.take(index)
+        except RuntimeError as cause:
+            if not is_out_of_memory(cause):
+                raise
+            raise self._out_of_memory(index + 1) from cause
+
+    def _out_of_memory(self, step: int) -> DeepenError:
+        config = self.config
+        less = f"lower batch_size ({config.batch_size}) or max_length ({config.max_length})"
+        if not config.recompute:
+            less += ", or set recompute (false) to true"
+        return DeepenError(
+            f"out of memory on {self.trainee.backbone.device} at step {step} of {self.num_steps}: raise "
+            f"num_micro_batches ({config.num_micro_batches}), with which the same run goes on; or begin another and "
+            f"{less}; {self._last_checkpoint()}"
+        )
+
+    def _last_checkpoint(self) -> str:
+        kept = checkpoints_in(self.folder)
+        return f"the last checkpoint before it is {kept[0]}" if kept else "no checkpoint was made before it"
 
     def _is_due(self, step: int, interval: int | None) -> bool:
         return interval is not None and (step % interval == 0 or step == self.num_steps)
