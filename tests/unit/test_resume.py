@@ -1,6 +1,7 @@
 """A run that was cut off goes on as if it had not been, and takes no checkpoint that is torn or another run's."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -21,9 +22,12 @@ from deepen.checkpoint import open_model
 from deepen.core.checksums import CHECKSUMS, checksums
 from deepen.core.errors import CheckpointError, DeepenError
 from deepen.train import resume, run
+from deepen.train.average import Average
 from deepen.train.config import RunConfig
 from deepen.train.folder import checkpoints_in
 from deepen.train.run import train
+from deepen.train.signals import Signals
+from deepen.train.step import Steps
 
 DROPPED_IN = Path(__file__).parents[1] / "contract" / "dropped_in"
 
@@ -146,6 +150,93 @@ class TestGoingOn:
         left.mkdir()
         train(replace(run_config, num_steps=2), show=silent)
         assert not left.exists()
+
+
+@pytest.fixture
+def unsaved(run_config) -> RunConfig:
+    """A run that saves nothing on its way."""
+    return replace(run_config, save_interval=None)
+
+
+def interrupted(config: RunConfig, patch, *, by: type[BaseException] = KeyboardInterrupt) -> list[str]:
+    """What a run says that is interrupted as `patch(context)` has it."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as context:
+        patch(context)
+        with pytest.raises(by):
+            train(config, show=lines.append)
+    return lines
+
+
+def before(owner: type, name: str, act, *, call: int):
+    """A patch: `act` comes before a method's so manyth call, counted from 1."""
+
+    def patch(context: pytest.MonkeyPatch) -> None:
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def patched(*args, **kwargs):
+            if next(calls) == call:
+                act()
+            return original(*args, **kwargs)
+
+        context.setattr(owner, name, patched)
+
+    return patch
+
+
+def press() -> None:
+    raise KeyboardInterrupt
+
+
+class TestInterrupts:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_inside_a_step_waits_until_it_is_whole(self, unsaved, whole_run, number):
+        """It comes between forward and backward of the fifth step."""
+        by = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}[number]
+        handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+        lines = interrupted(unsaved, before(Steps, "_move", lambda: signal.raise_signal(number), call=5), by=by)
+        assert lines[-1] == "saved: step 5; the same command goes on"
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+        lines.clear()
+        train(unsaved, show=lines.append)
+        assert "going on behind step 5" in lines
+        assert_equal_runs(unsaved.output_dir, whole_run, num_steps=8)
+
+    def test_one_between_steps_saves_the_last(self, unsaved, whole_run):
+        lines = interrupted(unsaved, before(Signals, "deliver", press, call=3))
+        assert lines[-1] == "saved: step 3; the same command goes on"
+        train(unsaved, show=silent)
+        assert_equal_runs(unsaved.output_dir, whole_run, num_steps=8)
+
+    @pytest.mark.parametrize("owner", [Steps, Average], ids=["before it moves", "behind it"])
+    def test_half_a_step_is_never_saved(self, run_config, whole_run, owner):
+        """Whatever stops it at once, as a second signal does; the optimizer may have moved already."""
+        name = "_move" if owner is Steps else "update"
+        lines = interrupted(run_config, before(owner, name, press, call=6))
+        assert lines[-1] == f"the same command goes on from {run_config.output_dir}/step_4"
+        assert [folder.name for folder in checkpoints_in(Path(run_config.output_dir))] == ["step_4", "step_2"]
+        train(run_config, show=silent)
+        assert_equal_runs(run_config.output_dir, whole_run, num_steps=8)
+
+    def test_a_second_signal_stops_at_once(self, unsaved):
+        def twice() -> None:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+        lines = interrupted(unsaved, before(Steps, "_move", twice, call=2))
+        assert lines[-1] == "no checkpoint was made"
+        assert not checkpoints_in(Path(unsaved.output_dir))
+
+    def test_a_programs_own_handler_stays(self, unsaved):
+        came: list[int] = []
+        own = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+        try:
+            with pytest.MonkeyPatch.context() as context:
+                before(Steps, "_move", lambda: signal.raise_signal(signal.SIGINT), call=2)(context)
+                assert train(unsaved, show=silent).name == "step_8"
+        finally:
+            signal.signal(signal.SIGINT, own)
+        assert came == [signal.SIGINT]
 
 
 class TestBranch:
@@ -280,6 +371,8 @@ torch.set_num_threads(1)
 import deepen.methods
 from deepen.train.config import RunConfig
 from deepen.train.run import train
+from deepen.train.signals import Signals
+from deepen.train.step import Steps
 import deepen.checkpoint
 deepen.methods.__path__.append(sys.argv[2])
 config = RunConfig.from_file(sys.argv[1])

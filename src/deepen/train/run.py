@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from deepen.train.ranks import Ranks, joined_ranks
 from deepen.train.rate import rate_by_width
 from deepen.train.record import Record
 from deepen.train.resume import TrainingState, load_carry, load_tensors, read_facts, save_checkpoint
+from deepen.train.signals import Signals
 from deepen.train.step import NotFinite, StepReport, Steps
 from deepen.train.trainee import Trainee, open_trainee
 from deepen.train.watch import Watch
@@ -137,6 +138,7 @@ class _Run:
         self.guard = DivergenceGuard(GuardConfig(factor=factor)) if factor is not None else None
         self.watch = Watch(config, self.trainee, self.show) if config.eval_interval is not None else None
         self.last: StepReport | None = None
+        self.is_between_steps = True  # then all that moves is what the last whole step has left
         self.pace = Pace()
 
     def finish(self) -> Path:
@@ -146,11 +148,23 @@ class _Run:
             self.show(f"the run is finished: {self._step_folder(first)}")
             return self._step_folder(first)
         self.show(self.module.what_trains())
+        if first:
+            self.show(f"going on behind step {first}")
         self.pace = Pace()  # what came before was no step's time
+        signals = Signals()
         try:
-            with display(self.num_steps, done=first, show=self.show) as shown:
+            with ExitStack() as stack:
+                if not self.ranks.are_many:  # others would wait for one that stops behind another step
+                    stack.enter_context(signals.held())
+                shown = stack.enter_context(display(self.num_steps, done=first, show=self.show))
                 for index in range(first, self.num_steps):
+                    self.is_between_steps = False
                     self._take(index, shown)
+                    self.is_between_steps = True
+                    signals.deliver()
+        except (KeyboardInterrupt, SystemExit):
+            self._leave()
+            raise
         except NotFinite as stopped:
             if self.last is None:
                 raise
@@ -162,6 +176,15 @@ class _Run:
             if self.record is not None:
                 self.record.close()
         return self._step_folder(self.num_steps)
+
+    def _leave(self) -> None:
+        """Interrupted: save what was made, if that is whole and this process alone holds it, and tell."""
+        if self.last is not None and self.is_between_steps and not self.ranks.are_many:
+            self._save(self.last)
+            self.show(f"saved: step {self.last.step}; the same command goes on")
+        else:
+            kept = checkpoints_in(self.folder)
+            self.show(f"the same command goes on from {kept[0]}" if kept else "no checkpoint was made")
 
     def _take(self, index: int, shown: Display) -> None:
         report = self._step(index)
