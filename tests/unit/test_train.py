@@ -18,7 +18,7 @@ from deepen.backbones.identity import fingerprint
 from deepen.checkpoint import open_model
 from deepen.cli import train as cli_train
 from deepen.cli.main import main
-from deepen.core.errors import ConfigError, DeepenError
+from deepen.core.errors import CannotTrain, ConfigError, DeepenError
 from deepen.core.method import RecursiveModel
 from deepen.core.types import LossTerm, Mean, Progress, StepOutput, Work
 from deepen.data.batches import batch_of
@@ -385,6 +385,33 @@ class TestTrain:
     def test_what_cannot_be_run_is_told(self, run_config, fields, message):
         with pytest.raises(DeepenError, match=message):
             train(replace(run_config, **fields), show=silent)
+
+    def test_a_run_that_can_learn_nothing_is_told_before_its_first_step(self, run_config):
+        """A chunk of any width takes more than two tokens."""
+        config = replace(run_config, method="chunk", config="recursive_phase_a", max_length=2)
+        with pytest.raises(CannotTrain, match=r"no row of this run holds anything to learn: .* at most 2 tokens"):
+            train(config, show=silent)
+        assert not Path(run_config.output_dir).exists()
+
+    @pytest.mark.parametrize("num_full", [0, 1])
+    def test_a_step_alone_may_have_nothing_to_learn(self, run_config, monkeypatch, num_full):
+        """Short rows count nothing here, and there may be a full one behind them."""
+        from deepen.core import registry
+
+        config = replace(run_config, batch_size=1, num_steps=9, seed=1)
+        texts = ["short"] * 8 + ["as long as a row can be, and a bit"] * num_full
+        Path(config.data).write_text("\n".join(json.dumps({"text": text, "n": n}) for n, text in enumerate(texts)))
+        monkeypatch.setattr(
+            registry.get("toy").load_model_type(),
+            "count",
+            lambda self, batch: {"token": int(batch.predicted()[batch.lengths > 20].sum())},
+        )
+        assert int(loader_of(config).step(0).lengths) < 20
+        if num_full:
+            assert train(config, show=silent).name == "step_9"
+        else:
+            with pytest.raises(CannotTrain, match="no row of this run holds anything to learn"):
+                train(config, show=silent)
 
     def test_an_adapter_with_a_method_is_told(self, run_config, tmp_path):
         folder = train(run_config, show=silent)

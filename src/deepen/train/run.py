@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from deepen.checkpoint import own_tensors, write_adapter, write_own_base, write_whole_model
-from deepen.core.errors import CheckpointError, ConfigError, DeepenError
+from deepen.core.errors import CannotTrain, CheckpointError, ConfigError, DeepenError
 from deepen.core.files import write_json
 from deepen.core.memory import is_out_of_memory
 from deepen.core.method import ByDifficulty, Fitting
+from deepen.core.seeds import seed_at
 from deepen.core.types import Progress, Work
 from deepen.data.formats import document_of
 from deepen.data.loader import Loader
@@ -98,6 +99,7 @@ class _Run:
             corpus = rows.corpus
             counts = {"num_untold": corpus.num_untold, "num_documents": int(corpus.learned_documents.sum())}
             self.trainee.model.require_told(**counts)
+        self.num_rows = len(rows)
         self.loader = Loader(rows, rows_per_step=config.batch_size, seed=config.seed)
         if isinstance(self.trainee.model, Fitting):
             self.trainee.model.fit(self.loader.counts(self.trainee.backbone.vocab_size))
@@ -150,6 +152,8 @@ class _Run:
         self.show(self.module.what_trains())
         if first:
             self.show(f"going on behind step {first}")
+        else:
+            self._require_something_to_learn()
         self.pace = Pace()  # what came before was no step's time
         signals = Signals()
         try:
@@ -307,6 +311,23 @@ class _Run:
             prepared = model.prepare(self.loader.step(index), Progress(index, _NUM_STEPS_SURVEYED))
             work += model.step_work(prepared)
         return max(1, int(config.flops * _NUM_STEPS_SURVEYED / work.flops))
+
+    def _require_something_to_learn(self) -> None:
+        """Raises `CannotTrain` if nothing counts in any row of the run; the first step that counts something is enough.
+
+        A step alone may be empty, but a run of such steps would end as if it had trained something.
+        """
+        model, config = self.trainee.model, self.config
+        for index in range(min(self.num_steps, math.ceil(self.num_rows / config.batch_size))):
+            torch.manual_seed(seed_at(config.seed, index))  # what the step itself will draw by
+            counts = model.count(model.prepare(self.loader.step(index), Progress(index, self.num_steps)))
+            if not counts or any(counts.values()):  # a method that counts no unit at all is told by the step
+                return
+        raise CannotTrain(
+            f"no row of this run holds anything to learn: {config.data} gives rows of at most {config.max_length} "
+            "tokens (max_length), in none of which the method, as it is configured, finds something to be measured by; "
+            "raise max_length or give longer documents"
+        )
 
     # Checkpoints
 
