@@ -373,6 +373,18 @@ class TestTrain:
             ({"data": "no/such.txt"}, 'unknown corpus "no/such.txt"'),
             ({"schedule": "cosin"}, 'unknown schedule "cosin"; did you mean "cosine"'),
             ({"warmup_steps": 4}, "warmup_steps must be at most num_steps, 3, not 4"),
+            (
+                {"schedule": "trapezoid", "warmup_steps": 2, "decay_steps": 2},
+                "warmup_steps and decay_steps must be at most num_steps, 3, together, not 2 and 2",
+            ),
+            (
+                {"schedule": "trapezoid", "warmup_steps": 1, "decay_steps": 1, "num_steps": None, "num_tokens": 9},
+                "warmup_steps and decay_steps must be at most the run's steps, 1, together, not 1 and 1; give a larger",
+            ),
+            (
+                {"warmup_steps": 2, "num_steps": None, "flops": 10.0},
+                "must be at most the run's steps, 1, together, not 2 and 0; give a larger budget",
+            ),
             ({"num_tokens": 9}, "give one of num_steps, num_tokens, flops, not num_steps and num_tokens"),
             ({"num_micro_batches": 3}, "a step of 2 rows can't be divided over 1 ranks and 3 micro-batches"),
             ({"parallel": "shard"}, "parallel is shard, which needs several processes: start it with torchrun"),

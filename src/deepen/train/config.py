@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from deepen.core.config import Config
+from deepen.core.errors import ConfigError
 from deepen.core.hints import did_you_mean
 from deepen.core.types import Cut
 from deepen.train.optim import OptimizerName
@@ -155,13 +156,29 @@ class RunConfig(Config):
         if self.average_decay is not None and not 0 < self.average_decay < 1:
             problems.append(f"average_decay must be between 0 and 1, or null, not {self.average_decay}")
         if self.num_steps is not None:
-            for name in ("warmup_steps", "decay_steps"):
-                if getattr(self, name) > self.num_steps:
-                    problems.append(f"{name} must be at most num_steps, {self.num_steps}, not {getattr(self, name)}")
+            problems += [
+                f"{name} must be at most num_steps, {self.num_steps}, not {getattr(self, name)}"
+                for name in ("warmup_steps", "decay_steps")
+                if getattr(self, name) > self.num_steps
+            ] or self._overlap(self.num_steps, "num_steps")
         if self.eval_interval is None and (self.sample_prompts or self.num_samples):
             problems.append("samples are drawn every eval_interval steps, which is not given")
         return problems
 
+    def _overlap(self, num_steps: int, called: str) -> list[str]:
+        """A message if the rate would come down before it is up."""
+        if self.warmup_steps + self.decay_steps <= num_steps:
+            return []
+        return [
+            f"warmup_steps and decay_steps must be at most {called}, {num_steps}, together, not {self.warmup_steps} "
+            f"and {self.decay_steps}"
+        ]
+
     def learning_rates(self, num_steps: int) -> Schedule:
-        """The schedule over a run of so many steps."""
+        """The schedule over a run of so many steps; raises `ConfigError` if these are too few for it.
+
+        Of a budget in steps this is known before; of others, when they are laid out.
+        """
+        if too_few := self._overlap(num_steps, "the run's steps"):
+            raise ConfigError(f"{too_few[0]}; give a larger budget or lower them")
         return Schedule(self.schedule, num_steps, self.warmup_steps, self.decay_steps)  # type: ignore[arg-type]
