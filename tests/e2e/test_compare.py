@@ -108,6 +108,20 @@ def test_answers_that_cannot_be_compared_are_no_verdict(stages, corpus, tmp_path
     assert "tokens_per_second: the machine's speed in one run of each stage" in shown
 
 
+def test_results_that_are_replaced_are_named(stages, corpus, tmp_path, capsys):
+    file = tmp_path / "baseline_results.json"
+    for model, told in {
+        "tiny:llama": f"written to {file}\n",
+        "tiny:qwen3": f"written to {file} in place of the results of tiny:llama\n",
+    }.items():
+        capsys.readouterr()
+        evaluate(Path(model), "baseline", tmp_path, corpus, "--max_new_tokens", "0")
+        assert capsys.readouterr().out.endswith(told)
+    file.write_text("{}")
+    evaluate(Path("tiny:llama"), "baseline", tmp_path, corpus, "--max_new_tokens", "0")
+    assert "in place of a file that is no results file\n" in capsys.readouterr().out
+
+
 def test_in_bfloat16_figures_count(stages, corpus, tmp_path, capsys):
     for stage in ("baseline", "after_surgery"):
         evaluate(stages / "adapter", stage, tmp_path, corpus, "--dtype", "bfloat16")

@@ -430,6 +430,24 @@ class TestStages:
         found = StageResults.read(Path(stage.output_dir) / "baseline_results.json")
         assert found.speed is None and len(found.answers) == 1
 
+    @pytest.mark.parametrize("place", ["junk", "junk/x", "junk/x/y"])
+    def test_a_place_that_cannot_be_written_is_told_before_anything_is_loaded(self, stage, tmp_path, place):
+        (tmp_path / "junk").write_text("before")
+        with pytest.raises(DeepenError, match=r"can't write .*junk.*: Not a directory"):
+            run_stage(replace(stage, model="no-such-model", output_dir=str(tmp_path / place)))
+        assert (tmp_path / "junk").read_text() == "before"
+
+    def test_a_folder_in_the_files_place_is_told(self, stage, tmp_path):
+        (tmp_path / "baseline_results.json").mkdir()
+        with pytest.raises(DeepenError, match=r"can't write .*baseline_results\.json: it is a folder"):
+            run_stage(replace(stage, model="no-such-model", output_dir=str(tmp_path)))
+
+    def test_looking_whether_a_place_can_be_written_leaves_nothing_there(self, stage, tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(DeepenError, match="no-such-model"):
+            run_stage(replace(stage, model="./no-such-model", output_dir=str(tmp_path / "new" / "results")))
+        assert sorted(tmp_path.iterdir()) == before
+
     def test_a_plain_base_has_no_surgery_behind_it(self, stage):
         with pytest.raises(CannotScore, match="tiny:llama is a plain base model; stage after_surgery measures"):
             run_stage(replace(stage, stage="after_surgery"))

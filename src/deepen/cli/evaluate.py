@@ -78,9 +78,11 @@ class Options:
 
 def run(options: Options) -> int:
     """Measure, write and print."""
+    from deepen.evaluate.place import results_path, what_stands_at
     from deepen.evaluate.stages import StageConfig, run_stage
 
     config = StageConfig.from_dict(asdict(options), source="options")
+    replaced = what_stands_at(results_path(config.output_dir, config.stage))
     with progress("tokens read and written", total=config.num_tokens) as advance:
         results, path = run_stage(config, advance=advance)
     print_facts(_facts(results["figures"], results["looking_ahead"]), title=f"{config.model}, {config.stage}")
@@ -102,7 +104,7 @@ def run(options: Options) -> int:
     if results["speed"] is not None:
         print_table(("domain", "path", "tokens/pass", "ms a token", "against plain"), _speed(results["speed"]))
     print_facts(_costs(results["ledger"], results["training"], results["seconds"]), title="costs")
-    print(f"written to {path}")
+    print(f"written to {path}" + (f" in place of {replaced}" if replaced else ""))
     return 0
 
 

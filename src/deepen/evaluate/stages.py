@@ -30,6 +30,7 @@ from deepen.evaluate.answers import answer_all, fitting
 from deepen.evaluate.difficulty import by_difficulty
 from deepen.evaluate.environment import environment, peak_memory_bytes
 from deepen.evaluate.metrics import generation_figures
+from deepen.evaluate.place import require_writable, results_path
 from deepen.evaluate.prompts import PROMPTS, Domain, DomainPrompt
 from deepen.evaluate.recursions import at_each_depth, measure_each
 from deepen.evaluate.results import FORMAT, STAGE_NAMES, Answer, AtRecursions, BaseOfStage, StageResults
@@ -134,9 +135,11 @@ def run_stage(
 
     `advance` is called with the number of tokens of each document and answer that is done. Raises `DeepenError` for
     what can't be measured: a stage asked of a model that can't stand there, a corpus without documents in the split, a
-    scorer that sees the future.
+    scorer that sees the future; and, before anything is loaded, for a file that can't be written.
     """
     config.check()
+    path = results_path(config.output_dir, config.stage)
+    require_writable(path)
     clock = _Clock()
     with clock("loading"):
         opened = open_model(
@@ -148,7 +151,6 @@ def run_stage(
         )
     stage = _Stage(config, opened, clock)
     results = stage.run(advance)
-    path = Path(config.output_dir).expanduser() / f"{config.stage}_results.json"
     write_json(path, results.to_dict())
     if config.speed:
         # What timing can't do must not cost the figures, which are there by now.
