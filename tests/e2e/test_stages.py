@@ -1,6 +1,7 @@
 """All four stages by command: grafted, trained with recursion and without, compared, and put on a page."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,14 @@ def test_four_stages_stand_side_by_side(made, capsys):
     measured, settings = shown.split("settings that differ", maxsplit=1)
     assert max(map(len, measured.splitlines())) <= 130
     assert measured.count("training_flops ") == 1 and "settings of training that differ" in settings
+
+
+def test_the_page_makes_the_vanilla_run_of_a_recursive_runs_file(made, corpus, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (flags,) = re.findall(r"`deepen train run\.json (.*?)`", " ".join(page.split()))
+    given = {"BASE": "tiny:llama", "runs/vanilla": str(tmp_path / "vanilla")}
+    assert main(["train", str(made / "recursive.json"), *(given.get(flag, flag) for flag in flags.split())]) == 0
+    assert evaluate(tmp_path / "vanilla" / "step_4", "finetuned_vanilla", tmp_path, corpus) == 0
 
 
 def test_a_model_that_was_trained_as_a_whole_goes_back_to_its_base(made, corpus, tmp_path, capsys):
