@@ -136,7 +136,6 @@ class TestTables:
         other = exact(environment={"device": "cpu", "dtype": "float32", "torch": "2.14.0"})
         assert {each["name"]: each["values"] for each in comparison(stage(), other)["settings"]} == {
             "method": {"baseline": None, "after_surgery": "toy"},
-            "method_config": {"baseline": None},
             "method_config.width": {"after_surgery": 8},
             "environment.torch": {"baseline": "2.13.0", "after_surgery": "2.14.0"},
         }

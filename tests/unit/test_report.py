@@ -390,6 +390,8 @@ class TestStagePlots:
             f"{name}, {source}" for name in ("after_surgery", "finetuned_recursive") for source in ("lookup", "mask")
         ]
         assert plot.numbers.head == ("position", *names)
+        # A stage's first source looks as that stage does in other plots, its other sources as no stage does.
+        assert re.findall(r'<g style="--own: var\(--series-(.)\)', plot.picture.split("</svg>")[0]) == [*"1435"]
         assert plot.numbers.rows[1] == ("2", "75.0%", "", "75.0%", "")
         svg = plot.picture.split("</svg>")[0] + "</svg>"
         assert len(drawn(svg).all("path", class_="point")) == 2 * (3 + 1)

@@ -284,7 +284,7 @@ def _settings(results: StageResults) -> dict[str, Any]:
     """Everything that was set or found and that figures depend on, by dotted name."""
     nested = {
         "method": results.method,
-        "method_config": results.method_config,
+        "method_config": results.method_config or {},
         "config": {name: value for name, value in results.config.items() if name not in _NO_SETTINGS},
         "environment": results.environment,
         "base": {"address": results.base.address},

@@ -1,6 +1,7 @@
 """What stages tell in pictures: quality against training FLOPs, chunks, and drafts."""
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from deepen.evaluate.comparison import Column
@@ -179,17 +180,18 @@ def _ranges(values: set[int]) -> list[range]:
 
 def _acceptance_by_place(columns: Sequence[Column]) -> Plot:
     title = "Acceptance by draft position"
+    # A stage's first source looks as the stage does elsewhere, its others as no stage.
+    others = count(len(columns))
     found = [
-        (f"{label}, {source}", shares)
-        for label, _, by_source in _of_answers(columns, "acceptance_by_place")
-        for source, shares in by_source.items()
-        if shares
+        (f"{label}, {source}", number if index == 0 else next(others), shares)
+        for label, number, by_source in _of_answers(columns, "acceptance_by_place")
+        for index, (source, shares) in enumerate(each for each in by_source.items() if each[1])
     ]
     if not found:
         return Plot(title, "Left out: nothing was drafted in these stages' answers.")
     series = [
         Series(name, number, tuple((place, 100 * share) for place, share in enumerate(shares, start=1)))
-        for number, (name, shares) in enumerate(found)
+        for name, number, shares in found
     ]
     picture = lines(
         series,
@@ -198,16 +200,16 @@ def _acceptance_by_place(columns: Sequence[Column]) -> Plot:
         y_label="accepted of those compared, %",
         y_reaches=(0.0, 100.0),
     )
-    longest = max(len(shares) for _, shares in found)
+    longest = max(len(shares) for _, _, shares in found)
     rows = tuple(
-        (str(place + 1), *(f"{shares[place]:.1%}" if place < len(shares) else "" for _, shares in found))
+        (str(place + 1), *(f"{shares[place]:.1%}" if place < len(shares) else "" for _, _, shares in found))
         for place in range(longest)
     )
     return Plot(
         title,
         "Of the drafted tokens in each position compared with what came; what stands behind a rejected one is not.",
         together((picture, legend((each.name, line_sample(each.number)) for each in series))),
-        Table(("position", *(name for name, _ in found)), rows),
+        Table(("position", *(name for name, _, _ in found)), rows),
     )
 
 
