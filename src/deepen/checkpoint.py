@@ -183,7 +183,7 @@ def open_model(
     if is_adapter(address):
         return _Adapter(Path(address).expanduser(), overrides or {}).open_on(load_at, base, pack=pack)
     _refuse_headless(Path(address).expanduser())
-    _refuse_run(Path(address).expanduser())
+    refuse_run(Path(address).expanduser())
     _refuse_changed(Path(address).expanduser())
     if base is not None:
         raise ConfigError(f"{address} is a plain model, which has no use for base {base}: that is for adapter folders")
@@ -372,8 +372,8 @@ def _refuse_headless(folder: Path) -> None:
             )
 
 
-def _refuse_run(folder: Path) -> None:
-    """A run's folder holds models, and is none."""
+def refuse_run(folder: Path) -> None:
+    """Raises `CheckpointError` for a run's folder, which holds checkpoints, and is none."""
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is the folder of a run; give one of its checkpoints, {folder}/step_N")
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,19 @@ class TestBranch:
         branch = replace(run_config, batch_size=4, output_dir=str(tmp_path / "branch"))
         with pytest.raises(CheckpointError, match="is of another run: batch_size was 3 and is 4"):
             train(replace(branch, branch_from=str(Path(run_config.output_dir) / "step_4")), show=silent)
+
+    def test_what_is_no_checkpoint_is_told_as_what_it_is(self, run_config, tmp_path):
+        train(replace(run_config, num_steps=2), show=silent)
+        model = tmp_path / "model"
+        shutil.copytree(Path(run_config.output_dir) / "step_2", model, ignore=lambda *_: {"training", CHECKSUMS})
+        branch = replace(run_config, output_dir=str(tmp_path / "branch"))
+        for place, message in (
+            (tmp_path / "nowhere", r"^there is no checkpoint .*nowhere$"),
+            (Path(run_config.output_dir), r"run is the folder of a run; give one of its checkpoints, .*run/step_N"),
+            (model, r"model is no checkpoint of a run: it has no training/"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                train(replace(branch, branch_from=str(place)), show=silent)
 
 
 def damage(folder: Path, how: str) -> None:

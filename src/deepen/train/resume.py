@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from deepen.checkpoint import refuse_run
 from deepen.core.checksums import CHECKSUMS, checksums
 from deepen.core.errors import CheckpointError
 from deepen.core.files import read_json, write_folder_atomically, write_json
@@ -162,6 +163,11 @@ def load_carry(folder: Path, facts: Mapping[str, Any], *, device: torch.device, 
 
 
 def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint {folder}")
+    refuse_run(folder)
+    if not (folder / CHECKSUMS).is_file() and not (folder / TRAINING).is_dir():
+        raise CheckpointError(f"{folder} is no checkpoint of a run: it has no {TRAINING}/, which training goes on from")
     if not (folder / CHECKSUMS).is_file():
         raise CheckpointError(f"{folder} is torn: it has no {CHECKSUMS}")
     expected = read_json(folder / CHECKSUMS, error=CheckpointError)
