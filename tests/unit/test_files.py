@@ -241,6 +241,7 @@ class TestJson:
         [
             (b'{"a": 1,\n "b": }', r"x\.json, line 2, column 7: Expecting value"),
             (b"", r"x\.json, line 1, column 1: Expecting value"),
+            (b'{"a": "\t"}', r"x\.json, line 1, column 8: Invalid control character$"),
             (b'{"a": 1, "b": 2, "a": 3}', r'x\.json: "a" is given more than once in one object'),
             (b'{"a": NaN}', r"x\.json: NaN is not a JSON number"),
             (b'{"a": -Infinity}', r"x\.json: -Infinity is not a JSON number"),

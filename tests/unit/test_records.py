@@ -23,6 +23,20 @@ def test_a_line_too_long_for_a_record_is_named_without_being_read(tmp_path, monk
         next(read)
 
 
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"text": "a\tb"}', r"line 2, column 12: Invalid control character$"),
+        ('{"text": "a', r"line 2, column 10: Unterminated string$"),
+        ('{"text" "a"}', r"line 2, column 9: Expecting ':' delimiter$"),
+    ],
+)
+def test_a_line_that_is_no_json_is_told_in_whole_words(tmp_path, line, fault):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line)
+    with pytest.raises(DeepenError, match=fault):
+        list(read_records(tmp_path / "a.jsonl"))
+
+
 def test_the_bound_is_on_what_is_read(tmp_path):
     """100 MB without a line break: refused after 64 MiB."""
     file = tmp_path / "a.jsonl"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from deepen.core.errors import ConfigError, DeepenError
+from deepen.core.files import fault_of
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 """A model's address, the first argument without a flag."""
@@ -55,5 +56,5 @@ def _value(key: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as cause:
         if text.lstrip().startswith(("{", "[")):  # no field's text begins so: it was meant as JSON
-            raise ConfigError(f"--set {key}={text} is not JSON: {cause.msg} at column {cause.colno}") from cause
+            raise ConfigError(f"--set {key}={text} is not JSON: {fault_of(cause)} at column {cause.colno}") from cause
         return text

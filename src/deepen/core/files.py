@@ -88,13 +88,18 @@ def read_json(path: str | Path, *, error: type[DeepenError] = DeepenError) -> An
         text = Path(path).read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as cause:
-        raise error(f"{path}, line {cause.lineno}, column {cause.colno}: {cause.msg}") from cause
+        raise error(f"{path}, line {cause.lineno}, column {cause.colno}: {fault_of(cause)}") from cause
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 text (byte {cause.start}); is it a JSON file?") from cause
     except RecursionError as cause:
         raise error(f"{path} is nested too deeply to be read") from cause
     except OSError as cause:
         raise error(f"can't read {path}: {cause.strerror}") from cause
+
+
+def fault_of(cause: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text, to stand behind its place: some of the module's messages lead up to one."""
+    return cause.msg.removesuffix(" at").removesuffix(" starting")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepen.core.errors import DeepenError
+from deepen.core.files import fault_of
 
 Split = Literal["train", "validation", "test"]
 
@@ -113,7 +114,7 @@ def json_records(lines: Iterable[str], *, source: str) -> Iterator[Record]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as cause:
-            raise DeepenError(f"{place}, column {cause.colno}: {cause.msg}") from cause
+            raise DeepenError(f"{place}, column {cause.colno}: {fault_of(cause)}") from cause
         except RecursionError as cause:
             raise DeepenError(f"{place}: brackets are nested too deep") from cause
         if not isinstance(fields, dict):
