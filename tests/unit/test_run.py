@@ -114,6 +114,14 @@ class TestWatching:
         ends = [train(config, show=silent) / "model.safetensors" for config in (run_config, looking)]
         assert ends[0].read_bytes() == ends[1].read_bytes()
 
+    def test_the_figures_are_told_as_they_are_written(self, run_config):
+        config, lines = replace(run_config, eval_interval=3, eval_tokens=300), []
+        train(config, show=lines.append)
+        written = {line["step"]: line.get("evaluation/validation/bits_per_byte") for line in logged(config)}
+        told = [line for line in lines if "validation: loss" in line]
+        assert [line.split("  ")[0] for line in told] == ["step 3/6", "step 6/6"]
+        assert all(f"bits_per_byte {written[step]:.4f}" in line for step, line in zip((3, 6), told, strict=True))
+
     def test_samples_without_an_interval_are_told(self, run_config):
         with pytest.raises(ConfigError, match="samples are drawn every eval_interval steps, which is not given"):
             train(replace(run_config, num_samples=1), show=silent)

@@ -137,6 +137,6 @@ def _check_groups(groups: list[dict[str, Any]], model: nn.Module, base: nn.Modul
             raise DeepenError(f"{name} is trainable but in no group of optim_groups(); add or freeze it")
     if not owner:
         raise CannotTrain(
-            "there is nothing to train: the model's optim_groups() hold no parameter; does the method's config switch "
-            "it off?"
+            "there is nothing to train: the model's optim_groups() hold no parameter; do fields of "
+            "the method's config (what is enabled, which phase it is) switch it off?"
         )

@@ -40,6 +40,7 @@ from deepen.train.resume import TrainingState, load_carry, load_tensors, read_fa
 from deepen.train.signals import Signals
 from deepen.train.step import NotFinite, StepReport, Steps
 from deepen.train.trainee import Trainee, open_trainee
+from deepen.train.validation import shown_evaluation
 from deepen.train.watch import Watch
 
 LEDGER = "ledger.json"
@@ -206,6 +207,8 @@ class _Run:
         if self._is_due(report.step, self.config.eval_interval):
             with self.pace.aside():
                 evaluated = self._evaluate(report.step, record)
+            if record is not None:
+                shown.say(f"step {report.step}/{self.num_steps}  {shown_evaluation(evaluated)}")
         if record is not None and self._is_logged(report.step):
             record.write(report, self.ledger.training, shown, evaluated=evaluated)
         if self._is_due(report.step, self.config.save_interval) or report.step == self.num_steps:

@@ -25,6 +25,12 @@ _FIGURES = {
 }
 
 
+def shown_evaluation(figures: Mapping[str, float | None]) -> str:
+    """Those of `Validation.measure` that there are, on a line for people to read."""
+    own = {tag.removeprefix(f"{TAG}/"): value for tag, value in figures.items() if tag.startswith(f"{TAG}/")}
+    return "validation: " + "  ".join(f"{name} {value:.4f}" for name, value in own.items() if value is not None)
+
+
 class Validation:
     """Measures a model on the validation documents of its corpus, the same ones each time.
 
