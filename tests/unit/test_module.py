@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import deepen.methods
-from deepen.core.errors import CannotTrain, ConfigError
+from deepen.core.errors import CannotTrain, ConfigError, DeepenError
 from deepen.core.types import Batch, LossTerm, Progress, StepOutput
 from deepen.data.batches import batch_of
 from deepen.train.config import RunConfig
@@ -120,6 +120,17 @@ class TestRun:
         config = replace(run_config, method="dense")
         other = replace(config, compile=True, recompute=recompute, output_dir=str(tmp_path / "other"))
         assert losses(other) == pytest.approx(losses(config), rel=1e-5)
+
+    def test_memory_that_runs_out_in_compiled_layers_is_told_as_such(self, run_config, monkeypatch):
+        def full(unit: nn.Module) -> None:
+            def fail(*args: object, **kwargs: object) -> None:
+                raise torch.OutOfMemoryError("no memory left")
+
+            unit.forward = fail
+
+        monkeypatch.setattr(nn.Module, "compile", full)
+        with pytest.raises(DeepenError, match=r"out of memory on cpu at step 1 of \d+: raise num_micro_batches"):
+            losses(replace(run_config, compile=True))
 
     def test_layers_that_cannot_be_compiled_are_told(self, run_config, monkeypatch):
         """Those of a method whose steps go through a cache, in torch 2.13; here any failure stands for theirs."""

@@ -158,6 +158,17 @@ class TestSteps:
         assert torch.equal(model.table, good.table)
         assert model.order.count("after_step") == 2
 
+    @pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+    def test_what_is_carried_is_what_the_last_good_step_left(self, spoiled):
+        model = Bigram(spoil_step=2, spoiled=spoiled)
+        batches = [batch_of(ROWS)] * 5
+        steps = Steps(StepModule(model, None), make_optimizers(model, None), batches.__getitem__, num_steps=5)
+        for index in range(2):
+            steps.take(index)
+        with pytest.raises(NotFinite):
+            steps.take(2)
+        assert steps.carry == 2
+
     def test_a_unit_that_is_not_counted_is_told(self):
         model = Bigram()
         model.count = lambda batch: {"token": 3}

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepen.backbones.lasting import Again
 from deepen.core.errors import CannotTrain, DeepenError
+from deepen.core.memory import is_out_of_memory
 from deepen.core.method import Recurring
 from deepen.core.types import Batch, Progress, StepOutput
 
@@ -38,7 +39,7 @@ class StepModule(nn.Module):
         except DeepenError:
             raise
         except Exception as cause:  # a compiler fails in any way
-            if not self.is_compiled:
+            if not self.is_compiled or is_out_of_memory(cause):
                 raise
             raise CannotTrain(
                 "compile is true, and the compiled layers failed in a training step of this method "

@@ -80,6 +80,14 @@ class Steps:
 
     def take(self, index: int) -> StepReport:
         """Make the step `index`, counted from 0. Raises `NotFinite`, naming it, before a bad one is made."""
+        carry = self.carry
+        try:
+            return self._take(index)
+        except NotFinite:
+            self.carry = carry  # as the parameters: of the step before
+            raise
+
+    def _take(self, index: int) -> StepReport:
         progress, where = Progress(index, self._num_steps), f"at step {index + 1} of {self._num_steps}"
         self._optimizers.set_rates(self._schedule.factor(index) if self._schedule is not None else 1.0)
         torch.manual_seed(seed_at(self._seed, index))
