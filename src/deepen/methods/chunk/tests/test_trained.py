@@ -69,6 +69,7 @@ class Trained:
 
 
 @cache
+@torch.enable_grad()  # whichever test asks first
 def trained(name: str, what: str) -> Trained:
     base = tiny.build(name)
     with torch.random.fork_rng(devices=[]):
