@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepen.train.config import RunConfig
@@ -61,3 +63,27 @@ def write_first_step(config: RunConfig, out: Path) -> None:
             figures |= {"tokens": report.num_tokens, "metrics": report.metrics, "norm": report.gradient_norm}
             figures |= {"gathers": gathers.number}
             (out / "figures.json").write_text(json.dumps(figures))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of one run, and of its first step, which `write_first_step` wrote to the folder `first_step`."""
+
+    run: RunConfig
+    first_step: Path
+
+    def figures(self) -> dict[str, Any]:
+        figures: dict[str, Any] = json.loads((self.first_step / "figures.json").read_text())
+        return figures
+
+    def first(self, what: str) -> dict[str, Tensor]:
+        """Its gradients, or its buffers."""
+        return load_file(self.first_step / f"{what}.safetensors")
+
+    def step(self, number: int) -> Path:
+        """A checkpoint of the run."""
+        return Path(self.run.output_dir) / f"step_{number}"
+
+    def losses(self) -> list[float]:
+        lines = (Path(self.run.output_dir) / "train.jsonl").read_text().splitlines()
+        return [json.loads(line)["train/loss/total"] for line in lines]

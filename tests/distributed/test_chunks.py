@@ -6,14 +6,13 @@ A step has two rows, one of each document, or two of each in two parts.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from string import ascii_letters
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_ranks import silent, start, write_first_step
+from several_ranks import Made, silent, start, write_first_step
 
 from deepen.core.seeds import seed_at
 from deepen.core.types import Progress
@@ -85,21 +84,6 @@ def shares(config: RunConfig) -> list[ChunkBatch]:
     return [share for rank in (0, 1) for share in Ranks(rank, 2).share(prepared, num_parts=1)]
 
 
-@dataclass(frozen=True)
-class Made:
-    """A run in one process and in two, and where the first step of it is."""
-
-    run: RunConfig
-    first_step: Path
-
-    def figures(self) -> dict[str, Any]:
-        return json.loads((self.first_step / "figures.json").read_text())
-
-    def losses(self) -> list[float]:
-        lines = (Path(self.run.output_dir) / "train.jsonl").read_text().splitlines()
-        return [json.loads(line)["train/loss/total"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[tuple[str, str], Made]:
     """By case and way."""
@@ -139,7 +123,7 @@ class TestFirstStep:
         expected, found = made[name, "one process"], made[name, "sharded"]
         for part in ("losses", "total", "norm", "metrics", "tokens"):
             assert found.figures()[part] == pytest.approx(expected.figures()[part], rel=1e-6)
-        ours, theirs = (load_file(each.first_step / "gradients.safetensors") for each in (found, expected))
+        ours, theirs = (each.first("gradients") for each in (found, expected))
         assert ours.keys() == theirs.keys()
         # The base stays as it is: what is tuned are copies beside it.
         assert not any(key.startswith(("base.", "model.base.")) for key in ours)
@@ -152,9 +136,7 @@ class TestFirstStep:
 def test_those_after_it_go_the_same_way(name, made):
     expected, found = made[name, "one process"], made[name, "sharded"]
     assert found.losses() == pytest.approx(expected.losses(), rel=1e-5)
-    ours, theirs = (
-        load_file(Path(each.run.output_dir) / f"step_{NUM_STEPS}" / "sidecar.safetensors") for each in (found, expected)
-    )
+    ours, theirs = (load_file(each.step(NUM_STEPS) / "sidecar.safetensors") for each in (found, expected))
     assert ours.keys() == theirs.keys() and any(key.startswith("base_delta.") for key in ours)
     for key, tensor in theirs.items():
         # What AdamW makes of a gradient near zero is mostly rounding.

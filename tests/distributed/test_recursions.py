@@ -5,7 +5,7 @@ All ranks share a model that is made so that in the first step no token of one o
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from string import ascii_letters
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_ranks import silent, start, write_first_step
+from several_ranks import Made, silent, start, write_first_step
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -112,28 +112,8 @@ def runs(request, tmp_path_factory) -> dict[str, RunConfig]:
     return configs
 
 
-@dataclass(frozen=True)
-class Made:
-    """What became of one run, and of its first step."""
-
-    run: RunConfig
-    first_step: Path
-
-    def figures(self) -> dict[str, Any]:
-        return json.loads((self.first_step / "figures.json").read_text())
-
-    def first(self, what: str) -> dict[str, Tensor]:
-        return load_file(self.first_step / f"{what}.safetensors")
-
-    def step(self, number: int) -> Path:
-        return Path(self.run.output_dir) / f"step_{number}"
-
-    def tensors(self, step: int = NUM_STEPS) -> dict[str, Tensor]:
-        return load_file(self.step(step) / "model.safetensors")
-
-    def losses(self) -> list[float]:
-        lines = (Path(self.run.output_dir) / "train.jsonl").read_text().splitlines()
-        return [json.loads(line)["train/loss/total"] for line in lines]
+def tensors(made: Made, step: int = NUM_STEPS) -> dict[str, Tensor]:
+    return load_file(made.step(step) / "model.safetensors")
 
 
 def divided(config: RunConfig, way: tuple[str, int, bool]) -> RunConfig:
@@ -200,12 +180,12 @@ class TestSteps:
     def test_those_after_it_go_the_same_way(self, made, name, way):
         expected, found = made[name, "alone"], made[name, way]
         assert found.losses() == pytest.approx(expected.losses(), rel=1e-5)
-        assert found.tensors().keys() == expected.tensors().keys()
-        before = expected.tensors(NUM_STEPS // 2)
-        for key, tensor in expected.tensors().items():
+        assert tensors(found).keys() == tensors(expected).keys()
+        before = tensors(expected, NUM_STEPS // 2)
+        for key, tensor in tensors(expected).items():
             # What AdamW makes of a gradient near zero is mostly rounding.
             moved = float((tensor - before[key]).abs().max())
-            assert float((found.tensors()[key] - tensor).abs().max()) <= max(0.05 * moved, 1e-5), key
+            assert float((tensors(found)[key] - tensor).abs().max()) <= max(0.05 * moved, 1e-5), key
 
     @pytest.mark.parametrize("way", [way for way in WAYS if way.startswith("sharded")])
     def test_layers_that_recur_are_gathered_once_a_step(self, made, name, way):
@@ -229,7 +209,7 @@ class TestSteps:
         config = model.config
         assert len(model.model.layers) == config.num_unique_layers < config.num_hidden_layers
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == config.tie_word_embeddings
-        assert ("lm_head.weight" in run.tensors()) != config.tie_word_embeddings
+        assert ("lm_head.weight" in tensors(run)) != config.tie_word_embeddings
         alone = AutoModelForCausalLM.from_pretrained(made[name, "alone"].step(NUM_STEPS))
         prompt = tokenizer("less is", return_tensors="pt")
         texts = [each.generate(**prompt, max_new_tokens=6, do_sample=False) for each in (model, alone)]
