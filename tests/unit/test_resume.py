@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,18 @@ def press() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def _signals_of_a_shell() -> Iterator[None]:
+    """What a program is started with at a terminal; one in the background is started with Ctrl-C switched off."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals_of_a_shell")
 class TestInterrupts:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_inside_a_step_waits_until_it_is_whole(self, unsaved, whole_run, number):
