@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepen.backbones import tiny
+from deepen.backbones.whole import saved_and_loaded
 from deepen.check import copies, forward
 from deepen.check.effort import QUICK, THOROUGH
 from deepen.check.outcome import Fault, NotApplicable
@@ -144,6 +145,12 @@ class TestPlantedFaults:
     def test_saving_of_transformers(self, name, site):
         said = found(run(subject_of(planted.not_saved(name, site)), QUICK), "saving")
         assert f"not restored: model.layers.{site}.mlp.gain" in said
+
+    def test_what_is_not_loaded_is_never_by_chance_what_it_was(self, tmp_path):
+        """Nobody writes to such a tensor, and its memory may be one's that had the same values."""
+        loaded = saved_and_loaded(planted.not_saved("llama", 2), tmp_path)
+        assert loaded.model.layers[2].mlp.gain.isnan().all()
+        assert not torch.are_deterministic_algorithms_enabled()
 
     @pytest.mark.slow
     @pytest.mark.parametrize(

@@ -25,14 +25,30 @@ def saved_and_loaded(model: PreTrainedModel, folder: Path) -> nn.Module:
     """
     with quiet_transformers(), _own_randomness():
         model.save_pretrained(folder)
-        loaded = type(model).from_pretrained(
-            folder,
-            dtype=model.dtype,
-            attn_implementation=model.config._attn_implementation,
-            experts_implementation=model.config._experts_implementation,
-            local_files_only=True,
-        )
+        with _fresh_memory_marked():
+            loaded = type(model).from_pretrained(
+                folder,
+                dtype=model.dtype,
+                attn_implementation=model.config._attn_implementation,
+                experts_implementation=model.config._experts_implementation,
+                local_files_only=True,
+            )
     return loaded.to(model.device).eval()
+
+
+@contextlib.contextmanager
+def _fresh_memory_marked() -> Iterator[None]:
+    """In the block, tensors that nobody has written to hold NaN.
+
+    They would else hold what was in their memory before: now and then just what `model` has there.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def generate_alone(model: PreTrainedModel, ids: Tensor, *, num_new: int, seed: int | None = None) -> Tensor:
